@@ -1,0 +1,84 @@
+"""Refuse large bodies before anything reads, stores or parses them."""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+from django.conf import settings
+
+from config.middleware import request_id
+from config.problems import CONTENT_TYPE, BodyTooLarge, problem
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class BodyLimit:
+    """Answer 413 to bodies under ``/api`` beyond ``settings.MAX_BODY_BYTES``.
+
+    A declared length is judged before a byte is read. A body without one is read up to
+    the limit and handed on whole. (The admin's forms have Django's own, larger limit.)
+    """
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if not scope["path"].startswith("/api/"):
+            return await self.application(scope, receive, send)
+        declared = headers.get(b"content-length")
+        if declared is not None:
+            if not declared.isdigit() or int(declared) > settings.MAX_BODY_BYTES:
+                return await self._refuse(headers, send)
+            return await self.application(scope, receive, send)
+        if b"transfer-encoding" not in headers:
+            return await self.application(scope, receive, send)
+        body = await self._read(receive)
+        if body is None:
+            return await self._refuse(headers, send)
+        return await self.application(scope, replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Return the whole body, or None as soon as it is too large or the client is gone."""
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > settings.MAX_BODY_BYTES:
+                return None
+            if not message.get("more_body"):
+                return body
+
+    async def _refuse(self, headers: dict[bytes, bytes], send: Send) -> None:
+        identifier = request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
+        body = orjson.dumps(problem(BodyTooLarge(), identifier))
+        await send(
+            {
+                "type": "http.response.start",
+                "status": int(BodyTooLarge.status_code),
+                "headers": [
+                    (b"content-type", CONTENT_TYPE.encode()),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"x-request-id", identifier.encode()),
+                    # The rest of the body stays unread, so the connection is of no more use.
+                    (b"connection", b"close"),
+                ],
+            }
+        )
+        await send({"type": "http.response.body", "body": body})
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that hands out ``body`` first."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again

@@ -1,0 +1,34 @@
+import re
+import uuid
+from collections.abc import Callable
+
+from django.http import HttpRequest, HttpResponse
+
+from config.problems import problem_response, to_api_exception
+
+USABLE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+
+class RequestIdMiddleware:
+    """Give each request an id, and answer what no view caught under ``/api`` as a problem."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        request.request_id = request_id(request.headers.get("X-Request-Id"))  # type: ignore[attr-defined]
+        response = self.get_response(request)
+        response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
+        return response
+
+    def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:
+        if not request.path.startswith("/api/"):
+            return None
+        return problem_response(request, to_api_exception(exc))
+
+
+def request_id(given: str | None) -> str:
+    """Return the client's own id where it is fit for logs, else a new one."""
+    if given and USABLE_REQUEST_ID.fullmatch(given):
+        return given
+    return uuid.uuid4().hex

@@ -1,0 +1,52 @@
+"""Read what stands in an address: path ids, query parameters, pages."""
+
+from typing import Any
+
+from rest_framework import serializers
+from rest_framework.exceptions import NotFound, ValidationError
+from rest_framework.pagination import LimitOffsetPagination
+from rest_framework.request import Request
+
+
+class Page(LimitOffsetPagination):
+    """``?limit=&offset=``; a value out of bounds is an error instead of being bent."""
+
+    default_limit = 20
+    max_limit = 100
+    max_offset = 1_000_000
+
+    def get_limit(self, request: Request) -> int:
+        return self._read(request, "limit", self.default_limit, 1, self.max_limit)
+
+    def get_offset(self, request: Request) -> int:
+        return self._read(request, "offset", 0, 0, self.max_offset)
+
+    def _read(self, request: Request, name: str, default: int, lowest: int, highest: int) -> int:
+        field = serializers.IntegerField(min_value=lowest, max_value=highest)
+        return read_query(request, name, field, default)
+
+
+def read_query(request: Request, name: str, field: serializers.Field, default: Any = None) -> Any:
+    """Return the query parameter ``name`` as ``field`` reads it.
+
+    Raises:
+        ValidationError: the value is not one that ``field`` takes.
+    """
+    if name not in request.query_params:
+        return default
+    try:
+        return field.run_validation(request.query_params[name])
+    except ValidationError as exc:
+        raise ValidationError({name: exc.detail}) from exc
+
+
+def path_id(value: str) -> str:
+    """Return a path's id; what is no UUID can't name anything.
+
+    Raises:
+        NotFound: ``value`` is no UUID.
+    """
+    try:
+        return str(serializers.UUIDField().run_validation(value))
+    except ValidationError:
+        raise NotFound from None

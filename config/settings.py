@@ -1,0 +1,246 @@
+"""Django settings, all read from the environment (or ``.env``); see ``.env.example``."""
+
+from pathlib import Path
+from typing import Any
+
+import environ
+
+from config import env
+from config.embedded import EmbeddedServers
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+env.load_dotenv(BASE_DIR / ".env")
+
+# --- Core -------------------------------------------------------------------------------
+
+DEBUG = env.boolean("DEBUG", False)
+SECRET_KEY = (
+    env.text("SECRET_KEY", "insecure-key-for-development-only")
+    if DEBUG
+    else env.required("SECRET_KEY", "when DEBUG is off (50 random characters or more)")
+)
+ALLOWED_HOSTS = env.comma_separated("ALLOWED_HOSTS")
+PORT = env.integer("PORT", 4000, minimum=1, maximum=65535)
+
+INSTALLED_APPS = [
+    "daphne",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "channels",
+    "corsheaders",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "rest_framework",
+    "config",
+    "users",
+    "drops",
+    "reservations",
+    "purchases",
+    "realtime",
+    "storefront",
+]
+
+MIDDLEWARE = [
+    "config.middleware.RequestIdMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "servestatic.middleware.ServeStaticMiddleware",
+    "corsheaders.middleware.CorsMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+
+ROOT_URLCONF = "config.urls"
+ASGI_APPLICATION = "config.asgi.application"
+APPEND_SLASH = True
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+# --- Drops ------------------------------------------------------------------------------
+
+RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
+EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
+IDEMPOTENCY_KEY_HOURS = 24
+
+# --- PostgreSQL and Redis ---------------------------------------------------------------
+
+# Without the two URLs a development checkout brings its own servers; never outside DEBUG.
+EMBEDDED: EmbeddedServers | None = None
+if DEBUG and not (env.is_set("DATABASE_URL") and env.is_set("REDIS_URL")):
+    EMBEDDED = EmbeddedServers(
+        BASE_DIR,
+        instance=env.text("EMBEDDED_INSTANCE", "dev"),
+        durable=env.boolean("EMBEDDED_DURABLE", True),
+    )
+
+
+def database_settings() -> dict[str, Any]:
+    if EMBEDDED is not None and not env.is_set("DATABASE_URL"):
+        return dict(EMBEDDED.database)
+    env.required("DATABASE_URL", "when DEBUG is off, like postgres://user:password@host/name")
+    settings = env.url("DATABASE_URL", {"postgres", "postgresql"}, environ.Env.db_url_config)
+    return {key: settings[key] for key in ("NAME", "USER", "PASSWORD", "HOST", "PORT")} | {
+        "OPTIONS": settings.get("OPTIONS", {})
+    }
+
+
+# A statement that waits for a lock, or runs, longer than this fails and is answered with 503;
+# a client that dies in the middle of a transaction can't keep a drop's row for longer.
+DATABASE_TIMEOUTS = (
+    "-c lock_timeout=2s -c statement_timeout=15s -c idle_in_transaction_session_timeout=10s"
+)
+
+_database = database_settings()
+DATABASES = {
+    "default": _database
+    | {
+        "ENGINE": "django.db.backends.postgresql",
+        # Persistent connections leak under ASGI, where each request has a thread of its own;
+        # the pool replaces them. Without health checks it hands out dead connections.
+        "CONN_MAX_AGE": 0,
+        "CONN_HEALTH_CHECKS": True,
+        "OPTIONS": {
+            "pool": {
+                "min_size": 1,
+                "max_size": env.integer("DATABASE_POOL_SIZE", 12, minimum=1, maximum=200),
+                "timeout": 3,
+            },
+            "connect_timeout": 3,
+            "options": DATABASE_TIMEOUTS,
+        }
+        | _database.get("OPTIONS", {}),
+    }
+}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+
+def redis_url() -> str:
+    if EMBEDDED is not None and not env.is_set("REDIS_URL"):
+        return EMBEDDED.redis_url
+    env.required("REDIS_URL", "when DEBUG is off, like redis://host:6379/0")
+    return env.url("REDIS_URL", {"redis", "rediss", "unix"}, str)
+
+
+REDIS_URL = redis_url()
+CHANNEL_LAYERS = {
+    "default": {
+        # The pub/sub layer: the other one drops messages above 100 per process without a word
+        # and forgets its groups when Redis restarts.
+        "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+        "CONFIG": {
+            "hosts": [
+                {
+                    "address": REDIS_URL,
+                    "socket_connect_timeout": 2,
+                    "socket_timeout": 5,
+                    "health_check_interval": 15,
+                }
+            ],
+            "prefix": "drops",
+        },
+    }
+}
+
+# --- Users ------------------------------------------------------------------------------
+
+AUTH_USER_MODEL = "users.User"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
+]
+# Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
+CREATE_UNKNOWN_USERS = DEBUG
+
+# --- REST -------------------------------------------------------------------------------
+
+MAX_BODY_BYTES = 16 * 1024
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.HeaderAuthentication"],
+    "DEFAULT_PERMISSION_CLASSES": ["users.authentication.IsIdentifiedOrReadOnly"],
+    "DEFAULT_PARSER_CLASSES": ["config.parsers.ObjectParser"],
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "DEFAULT_PAGINATION_CLASS": "config.params.Page",
+    "EXCEPTION_HANDLER": "config.problems.exception_handler",
+    "UNAUTHENTICATED_USER": None,
+    "TEST_REQUEST_DEFAULT_FORMAT": "json",
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Sneaker drops",
+    "VERSION": "0.1.0",
+    "DESCRIPTION": (
+        "Limited releases: reserve, purchase and watch the stock. Every error is a problem "
+        "document (RFC 9457) with a stable `code`."
+    ),
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "REDOC_DIST": "SIDECAR",
+    "SCHEMA_PATH_PREFIX": "/api",
+    "COMPONENT_SPLIT_REQUEST": True,
+    "ENUM_NAME_OVERRIDES": {
+        "DropStatus": "drops.models.DropStatus",
+        "ReservationStatus": "reservations.models.ReservationStatus",
+        "PurchaseStatus": "purchases.models.PurchaseStatus",
+    },
+}
+
+_cors_origins = env.comma_separated("CORS_ORIGINS", "*" if DEBUG else "")
+CORS_ALLOW_ALL_ORIGINS = _cors_origins == ["*"]
+CORS_ALLOWED_ORIGINS = [] if CORS_ALLOW_ALL_ORIGINS else _cors_origins
+CORS_URLS_REGEX = r"^/api/.*$"
+CORS_ALLOW_HEADERS = (
+    "accept",
+    "content-type",
+    "idempotency-key",
+    "x-request-id",
+    "x-user-id",
+    "x-user-name",
+)
+CORS_EXPOSE_HEADERS = ("idempotent-replayed", "retry-after", "x-request-id")
+
+# --- Pages and files --------------------------------------------------------------------
+
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+SERVESTATIC_AUTOREFRESH = DEBUG
+SERVESTATIC_USE_FINDERS = DEBUG
+
+LANGUAGE_CODE = "en-us"
+TIME_ZONE = "UTC"
+USE_TZ = True
+
+# --- Logs -------------------------------------------------------------------------------
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": env.text("LOG_LEVEL", "INFO").upper()},
+    "loggers": {
+        # Each refused request would be a line of its own here.
+        "django.request": {"level": "ERROR"},
+        "django.channels.server": {"level": "WARNING"},
+    },
+}

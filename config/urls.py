@@ -1,0 +1,48 @@
+from django.conf import settings
+from django.contrib import admin
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.urls import include, path, re_path
+from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, SpectacularSwaggerView
+from rest_framework.exceptions import APIException, NotFound, ParseError
+
+from config.problems import InternalError, problem_response
+
+
+def healthz(request: HttpRequest) -> JsonResponse:
+    """Say that this process answers; what it depends on is another question."""
+    return JsonResponse({"status": "ok"})
+
+
+def api_problem(error: APIException, page: str) -> object:
+    """Return an error view: a problem under /api, else Django's own page ``page``."""
+
+    def view(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
+        if request.path.startswith("/api/") or settings.DEBUG:
+            return problem_response(request, error)
+        return HttpResponse(page, status=error.status_code, content_type="text/plain")
+
+    return view
+
+
+handler400 = api_problem(ParseError("The request is not valid HTTP for this site."), "Bad request")
+handler404 = api_problem(NotFound(), "Not found")
+handler500 = api_problem(InternalError(), "Something went wrong on our side.")
+
+api = [
+    path("", include("drops.urls")),
+    path("", include("reservations.urls")),
+    path("", include("purchases.urls")),
+    path("", include("users.urls")),
+    re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
+    re_path(r"^docs/?$", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
+    re_path(r"^redoc/?$", SpectacularRedocView.as_view(url_name="schema"), name="redoc"),
+    # Django's own answer to an unknown address in DEBUG is a page with a traceback.
+    re_path(r"", lambda request: handler404(request)),
+]
+
+urlpatterns = [
+    path("api/", include(api)),
+    path("admin/", admin.site.urls),
+    path("healthz", healthz),
+    path("", include("storefront.urls")),
+]

@@ -1,0 +1,285 @@
+"""Each use case that changes a drop or its stock: one function, one transaction, its events.
+
+Lock order, kept by every service of the project, so that there are no deadlocks:
+idempotency keys → drop → variants → reservations, several of one kind by primary key.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from django.db import connection, transaction
+from rest_framework.exceptions import ErrorDetail, ValidationError
+
+from config.database import read_clock
+from drops.currencies import DECIMALS
+from drops.exceptions import StockCommitted
+from drops.models import FOLLOWS_END, Drop, DropStatus, StockAdjustment, Variant
+from drops.serializers import DropSerializer
+from realtime.models import EventType
+from realtime.services import NewEvent, append_events
+from users.models import User
+
+# A published drop can't become a draft again, and a cancelled or ended one stays so:
+# clients were told. (An end that only the window brought goes away with a later ends_at.)
+_CLOSED = {DropStatus.ENDED, DropStatus.CANCELLED}
+ALLOWED_STATUS_CHANGES: dict[str, set[DropStatus]] = {
+    DropStatus.DRAFT: {*FOLLOWS_END, DropStatus.CANCELLED},
+    DropStatus.SCHEDULED: {*FOLLOWS_END, *_CLOSED},
+    DropStatus.LIVE: {*FOLLOWS_END, *_CLOSED},
+    DropStatus.PAUSED: {*FOLLOWS_END, *_CLOSED},
+    DropStatus.ENDED: {DropStatus.CANCELLED},
+    DropStatus.CANCELLED: set(),
+}
+
+
+@dataclass
+class LockedDrop:
+    """A drop whose row, and whose variants' rows, this transaction has locked.
+
+    Changes are made in memory, claim by claim, and written by ``save`` in one go:
+    the lock is held for few statements however many claims there are.
+    """
+
+    drop: Drop
+    variants: dict[uuid.UUID, Variant]
+    _moves: dict[uuid.UUID, list[int]] = field(default_factory=dict)
+    _events: list[NewEvent] = field(default_factory=list)
+
+    def move(self, variant: Variant, *, available: int = 0, sold: int = 0, total: int = 0) -> None:
+        """Add to the counters of ``variant`` and of the drop; negative numbers take away."""
+        for stock in (variant, self.drop):
+            stock.available_stock += available
+            stock.sold_stock += sold
+            stock.total_stock += total
+        moved = self._moves.setdefault(variant.pk, [0, 0, 0])
+        for index, units in enumerate((available, sold, total)):
+            moved[index] += units
+
+    @property
+    def has_moved(self) -> bool:
+        return bool(self._moves)
+
+    def record(self, event_type: EventType, data: dict[str, Any]) -> None:
+        """Append an event with the drop's next sequence number."""
+        self.drop.seq += 1
+        self._events.append(NewEvent(self.drop.seq, event_type, data))
+
+    def record_stock(self) -> None:
+        """Append the stock as it is now; once per transaction, nobody saw it in between."""
+        self.record(
+            EventType.STOCK_UPDATED,
+            {
+                "dropId": str(self.drop.pk),
+                "availableStock": self.drop.available_stock,
+                "availability": self.drop.availability.value,
+                "variants": [
+                    {"id": str(variant.pk), "availableStock": variant.available_stock}
+                    for variant in sorted(self.variants.values(), key=lambda v: v.position)
+                ],
+            },
+        )
+
+    def record_drop(self, event_type: EventType) -> None:
+        """Append the whole drop, as it will be once ``save`` has written everything."""
+        self.record(event_type, {"drop": None})
+
+    def save(self, now: datetime) -> None:
+        """Write the moved stock, the sequence and the events: two statements."""
+        if not self._moves and not self._events:
+            return
+        self._write_stock()
+        for event in self._events:
+            if "drop" in event.data:
+                event.data["drop"] = drop_payload(self.drop, now) | {"seq": event.seq}
+        append_events(self.drop.pk, self._events, now)
+
+    def _write_stock(self) -> None:
+        # Relative, so that the check constraints would stop a move made without the lock.
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """
+                WITH moved AS (
+                    SELECT * FROM unnest(%s::uuid[], %s::int[], %s::int[], %s::int[])
+                        AS m(id, available, sold, total)
+                ), variants AS (
+                    UPDATE drops_variant v
+                    SET available_stock = v.available_stock + m.available,
+                        sold_stock = v.sold_stock + m.sold,
+                        total_stock = v.total_stock + m.total
+                    FROM moved m
+                    WHERE v.id = m.id
+                ), stock AS (
+                    SELECT coalesce(sum(available), 0)::int AS available,
+                           coalesce(sum(sold), 0)::int AS sold,
+                           coalesce(sum(total), 0)::int AS total
+                    FROM moved
+                )
+                UPDATE drops_drop d
+                SET available_stock = d.available_stock + s.available,
+                    sold_stock = d.sold_stock + s.sold,
+                    total_stock = d.total_stock + s.total,
+                    seq = d.seq + %s
+                FROM stock s
+                WHERE d.id = %s
+                """,
+                [
+                    list(self._moves),
+                    *([moved[index] for moved in self._moves.values()] for index in range(3)),
+                    len(self._events),
+                    self.drop.pk,
+                ],
+            )
+
+
+def lock_drop(drop_id: uuid.UUID | str) -> LockedDrop:
+    """Lock the drop, then its variants, until the end of the transaction.
+
+    Read the database's clock only afterwards: the wait for the lock may be long.
+
+    Raises:
+        Drop.DoesNotExist: no such drop.
+    """
+    # One statement locks both. The order in ``of`` is the order of the locks; both rows are
+    # re-read after a wait, so the counters are those of the last commit. ``no_key``, because
+    # a plain FOR UPDATE would also block each insert that refers to the drop.
+    variants = list(
+        Variant.objects.filter(drop=drop_id)
+        .select_related("drop")
+        .select_for_update(no_key=True, of=("drop", "self"))
+        .order_by("pk")
+    )
+    if not variants:
+        raise Drop.DoesNotExist
+    drop = variants[0].drop
+    for variant in variants:
+        variant.drop = drop
+    return LockedDrop(drop, {variant.pk: variant for variant in variants})
+
+
+@transaction.atomic
+def create_drop(user: User, *, variants: list[dict] | None = None, **fields: Any) -> Drop:
+    """Store a drop with its variants; unless it is a draft, announce it.
+
+    Args:
+        variants: ``{label, total_stock}`` each; without, one variant holds ``total_stock``.
+        fields: the other fields of ``DropCreateSerializer``. Without ``status`` the start
+            decides: none → draft, future → scheduled, else live.
+    Raises:
+        ValidationError: the fields contradict each other.
+    """
+    now = read_clock()
+    if "status" not in fields:
+        fields["status"] = status_by_start(fields.get("starts_at"), now)
+    drop = Drop(created_by=user, created_at=now, available_stock=fields["total_stock"], **fields)
+    drop.read_at = now
+    check_drop(drop)
+    drop.save(force_insert=True)
+    sizes = variants or [{"label": Variant.ONE_SIZE, "total_stock": drop.total_stock}]
+    rows = [
+        Variant(drop=drop, position=position, available_stock=size["total_stock"], **size)
+        for position, size in enumerate(sizes)
+    ]
+    Variant.objects.bulk_create(rows)
+    if drop.status != DropStatus.DRAFT:
+        created = LockedDrop(drop, {row.pk: row for row in rows})
+        created.record_drop(EventType.DROP_CREATED)
+        created.save(now)
+    return drop
+
+
+def status_by_start(starts_at: datetime | None, now: datetime) -> DropStatus:
+    if starts_at is None:
+        return DropStatus.DRAFT
+    return DropStatus.SCHEDULED if starts_at > now else DropStatus.LIVE
+
+
+@transaction.atomic
+def update_drop(drop_id: uuid.UUID | str, **changes: Any) -> Drop:
+    """Change what ``DropInputSerializer`` allows; announce it unless the drop stays a draft.
+
+    A draft that gets another status is announced as created.
+
+    Raises:
+        Drop.DoesNotExist: no such drop.
+        ValidationError: the result would contradict itself, or the status can't follow.
+    """
+    locked = lock_drop(drop_id)
+    drop, now = locked.drop, read_clock()
+    drop.read_at = now
+    before = {name: getattr(drop, name) for name in changes}
+    if before == changes:
+        return drop
+    status_before = drop.status
+    for name, value in changes.items():
+        setattr(drop, name, value)
+    check_drop(drop, status_before)
+    drop.save(update_fields=list(changes))
+    if drop.status != DropStatus.DRAFT:
+        is_published = status_before != DropStatus.DRAFT
+        locked.record_drop(EventType.DROP_UPDATED if is_published else EventType.DROP_CREATED)
+        locked.save(now)
+    return drop
+
+
+def check_drop(drop: Drop, status_before: str | None = None) -> None:
+    """Check the rules between a drop's fields.
+
+    Raises:
+        ValidationError: with one entry per field that breaks a rule.
+    """
+    errors: dict[str, list[ErrorDetail]] = {}
+    if drop.starts_at and drop.ends_at and drop.ends_at <= drop.starts_at:
+        errors["ends_at"] = [ErrorDetail("Must be after starts_at.", "not_after_start")]
+    if decimals_of(drop.price) > DECIMALS[drop.currency]:
+        errors["price"] = [
+            ErrorDetail(
+                f"{drop.currency} has {DECIMALS[drop.currency]} decimals.", "max_decimal_places"
+            )
+        ]
+    if drop.status == DropStatus.SCHEDULED and not drop.starts_at:
+        errors["status"] = [ErrorDetail("A scheduled drop needs starts_at.", "starts_at_required")]
+    if status_before not in (None, drop.status) and (
+        drop.status not in ALLOWED_STATUS_CHANGES[str(status_before)]
+    ):
+        errors["status"] = [
+            ErrorDetail(f"A {status_before} drop can't become {drop.status}.", "not_allowed")
+        ]
+    if errors:
+        raise ValidationError(errors)
+
+
+def decimals_of(price: Any) -> int:
+    return max(0, -price.normalize().as_tuple().exponent)
+
+
+@transaction.atomic
+def adjust_stock(
+    variant_id: uuid.UUID | str, delta: int, *, reason: str, user: User
+) -> StockAdjustment:
+    """Add ``delta`` units to a variant, or withdraw them, and keep a record of it.
+
+    Raises:
+        Variant.DoesNotExist: no such variant.
+        StockCommitted: more would be withdrawn than is available.
+    """
+    drop_id = Variant.objects.values_list("drop_id", flat=True).get(pk=variant_id)
+    locked = lock_drop(drop_id)
+    variant = next(v for v in locked.variants.values() if str(v.pk) == str(variant_id))
+    if variant.available_stock + delta < 0:
+        raise StockCommitted(available_stock=variant.available_stock)
+    locked.move(variant, available=delta, total=delta)
+    if locked.drop.status != DropStatus.DRAFT:
+        locked.record_stock()
+    adjustment = StockAdjustment.objects.create(
+        variant=variant, delta=delta, reason=reason, created_by=user
+    )
+    locked.save(read_clock())
+    return adjustment
+
+
+def drop_payload(drop: Drop, now: datetime) -> dict[str, Any]:
+    """Return ``drop`` as clients see it at ``now``, in plain JSON types."""
+    drop.read_at = now
+    return dict(DropSerializer(drop).data)

@@ -1,0 +1,106 @@
+from typing import Any
+
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import (
+    OpenApiExample,
+    OpenApiParameter,
+    extend_schema,
+    extend_schema_view,
+)
+from rest_framework import mixins, serializers
+from rest_framework.permissions import BasePermission
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.viewsets import GenericViewSet
+
+from config.openapi import IDEMPOTENCY_KEY, IDEMPOTENT, IDENTIFIED, WITH_BODY, answers
+from config.params import path_id, read_query
+from drops import examples
+from drops.models import Drop, DropQuerySet, DropStatus
+from drops.permissions import IsCreatorOrStaff
+from drops.serializers import DropCreateSerializer, DropInputSerializer, DropSerializer
+from drops.services import create_drop, update_drop
+from users.authentication import IsIdentifiedOrReadOnly
+from users.idempotency import idempotent
+
+EXAMPLE = OpenApiExample("A drop", examples.DROP, response_only=True)
+
+
+@extend_schema_view(
+    list=extend_schema(
+        summary="List drops",
+        description="Without `status`: the drops that can be had now. Drafts are listed to their "
+        "creators and to staff only.",
+        parameters=[
+            OpenApiParameter(
+                "status", OpenApiTypes.STR, enum=DropStatus.values, description="Default: live."
+            )
+        ],
+        examples=[EXAMPLE],
+        responses=answers({200: DropSerializer(many=True)}, "validation_error"),
+    ),
+    retrieve=extend_schema(
+        summary="Show a drop",
+        examples=[EXAMPLE],
+        responses=answers({200: DropSerializer}, "not_found"),
+    ),
+)
+class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewSet):
+    """Limited releases: list, show, create and change them."""
+
+    serializer_class = DropSerializer
+    permission_classes: list[type[BasePermission]] = [IsIdentifiedOrReadOnly, IsCreatorOrStaff]
+    queryset = Drop.objects.all()
+
+    def get_queryset(self) -> DropQuerySet:
+        drops = Drop.objects.read_now()
+        if self.action != "list":
+            return drops
+        status = read_query(
+            self.request,
+            "status",
+            serializers.ChoiceField(choices=DropStatus.choices),
+            DropStatus.LIVE,
+        )
+        drops = drops.with_status(status)
+        if status == DropStatus.SCHEDULED:
+            return drops.order_by("starts_at", "id")
+        if status == DropStatus.DRAFT and not getattr(self.request.user, "is_staff", False):
+            # ``None`` for nobody: a drop always has a creator, so nothing is listed.
+            return drops.filter(created_by=self.request.user)
+        return drops
+
+    def get_object(self) -> Drop:
+        self.kwargs["pk"] = path_id(self.kwargs["pk"])
+        return super().get_object()
+
+    @extend_schema(
+        summary="Create a drop",
+        description="Without `status`: no `starts_at` → draft, a future one → scheduled, else "
+        "live. With `variants`, `total_stock` is their sum and may be left out.",
+        parameters=[IDEMPOTENCY_KEY],
+        request=DropCreateSerializer,
+        examples=[OpenApiExample("A new drop", examples.NEW_DROP, request_only=True), EXAMPLE],
+        responses=answers({201: DropSerializer}, *IDENTIFIED, *WITH_BODY, *IDEMPOTENT),
+    )
+    @idempotent
+    def create(self, request: Request) -> Response:
+        body = DropCreateSerializer(data=request.data)
+        body.is_valid(raise_exception=True)
+        drop = create_drop(request.user, **body.validated_data)
+        return Response(DropSerializer(drop).data, status=201)
+
+    @extend_schema(
+        summary="Change a drop",
+        description="Name, description, image, price, window, limit and status; never stock.",
+        request=DropInputSerializer,
+        examples=[OpenApiExample("Pause it", {"status": "paused"}, request_only=True), EXAMPLE],
+        responses=answers(
+            {200: DropSerializer}, *IDENTIFIED, *WITH_BODY, "permission_denied", "not_found"
+        ),
+    )
+    def partial_update(self, request: Request, **kwargs: Any) -> Response:
+        drop = self.get_object()
+        body = DropInputSerializer(data=request.data, partial=True)
+        body.is_valid(raise_exception=True)
+        return Response(DropSerializer(update_drop(drop.pk, **body.validated_data)).data)

@@ -1,0 +1,46 @@
+"""Read the event log, and the snapshots that it continues."""
+
+from datetime import datetime
+from typing import Any
+
+from django.db.models.functions import Now
+
+from drops.models import Drop
+from drops.serializers import DropSerializer
+from realtime.models import Event
+
+# (seq, type, time, data)
+LoggedEvent = tuple[int, str, datetime, dict[str, Any]]
+
+EVENTS_PER_READ = 1000
+
+
+def current_seqs() -> dict[str, int]:
+    """Return the newest sequence number of every drop that has events, by drop id."""
+    return {str(pk): seq for pk, seq in Drop.objects.filter(seq__gt=0).values_list("pk", "seq")}
+
+
+def events_after(drop_id: str, seq: int, limit: int = EVENTS_PER_READ) -> list[LoggedEvent]:
+    """Return the drop's events after ``seq``, oldest first, at most ``limit``."""
+    rows = Event.objects.filter(drop=drop_id, seq__gt=seq).order_by("seq")
+    return list(rows.values_list("seq", "type", "created_at", "data")[:limit])
+
+
+def snapshot(drop_id: str | None) -> tuple[list[dict[str, Any]], datetime]:
+    """Return the drop, or all current drops without an id, and the database's time.
+
+    Each drop's row carries its ``seq``, so state and number always belong together; the
+    variants are read in the same REPEATABLE READ snapshot.
+
+    Raises:
+        Drop.DoesNotExist: there is no drop with this id.
+    """
+    from django.db import connection, transaction
+
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        drops = Drop.objects.read_now()
+        rows = [drops.get(pk=drop_id)] if drop_id else list(drops.current().order_by("created_at"))
+        now = rows[0].read_at if rows else Drop.objects.none().aggregate(now=Now())["now"]
+        return [dict(DropSerializer(drop).data) for drop in rows], now

@@ -1,0 +1,120 @@
+"""Hand committed events to the channel layer, without making anybody wait for Redis."""
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from channels.layers import get_channel_layer
+
+if TYPE_CHECKING:
+    from realtime.models import Event
+
+logger = logging.getLogger(__name__)
+
+GROUP = "drops"
+# A message is a hint; hubs read from the event log what it doesn't carry.
+MAX_EVENTS_PER_MESSAGE = 100
+MAX_WAITING_MESSAGES = 1000
+SEND_TIMEOUT_SECONDS = 5
+FLUSH_TIMEOUT_SECONDS = 1
+
+
+def publish(drop_id: uuid.UUID, events: list["Event"]) -> None:
+    """Queue the news about a drop for all processes; returns at once and never fails.
+
+    Call it after the commit. What gets lost here (Redis is away, the process dies) the
+    hubs find in the event log within a second.
+    """
+    _publisher().put(
+        {
+            "type": "drop.events",
+            "drop_id": str(drop_id),
+            "seq": events[-1].seq,
+            "events": [
+                {"seq": e.seq, "type": e.type, "ts": e.created_at.timestamp(), "data": e.data}
+                for e in events
+            ]
+            if len(events) <= MAX_EVENTS_PER_MESSAGE
+            else [],
+        }
+    )
+
+
+class Publisher(threading.Thread):
+    """The process's only sender: one thread, one event loop, one Redis connection."""
+
+    def __init__(self) -> None:
+        super().__init__(name="event-publisher", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._is_idle = threading.Event()
+        self._is_failing = False
+
+    def put(self, message: dict[str, Any]) -> None:
+        self._is_idle.clear()
+        self._loop.call_soon_threadsafe(self._enqueue, message)
+
+    def flush(self) -> None:
+        """Wait until everything is sent, but not for long."""
+        self._is_idle.wait(FLUSH_TIMEOUT_SECONDS)
+
+    def run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._send_forever())
+
+    def _enqueue(self, message: dict[str, Any]) -> None:
+        if self._waiting.qsize() < MAX_WAITING_MESSAGES:
+            self._waiting.put_nowait(message)
+
+    async def _send_forever(self) -> None:
+        layer = get_channel_layer()
+        while True:
+            message = await self._waiting.get()
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                    await layer.group_send(GROUP, message)
+                self._report(None)
+            except Exception as exc:
+                self._report(exc)
+                # After a failure what waits is old: the hubs have read it from the log.
+                self._drop_waiting()
+            if self._waiting.empty():
+                self._is_idle.set()
+
+    def _drop_waiting(self) -> None:
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+
+    def _report(self, failure: Exception | None) -> None:
+        """Log the beginning and the end of an outage, not each message in it."""
+        if failure and not self._is_failing:
+            logger.warning("events can't be published, clients get them from the log: %r", failure)
+        elif self._is_failing and not failure:
+            logger.info("events are published again")
+        self._is_failing = failure is not None
+
+
+_current: Publisher | None = None
+_current_pid = 0
+_start_lock = threading.Lock()
+
+
+def _publisher() -> Publisher:
+    """Return this process's publisher; a forked child needs one of its own."""
+    global _current, _current_pid
+    with _start_lock:
+        if _current is None or _current_pid != os.getpid():
+            _current, _current_pid = Publisher(), os.getpid()
+            _current.start()
+            atexit.register(_current.flush)
+        return _current
+
+
+def flush() -> None:
+    """Wait briefly until what was published has left this process."""
+    if _current is not None and _current_pid == os.getpid():
+        _current.flush()

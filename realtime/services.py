@@ -1,0 +1,32 @@
+"""The event log: appended inside the transaction, published after its commit."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from django.db import transaction
+
+from realtime.models import Event, EventType
+from realtime.publisher import publish
+
+
+@dataclass(slots=True)
+class NewEvent:
+    """An event that its transaction has numbered and not stored yet."""
+
+    seq: int
+    type: EventType
+    data: dict[str, Any]
+
+
+def append_events(drop_id: uuid.UUID, events: list[NewEvent], now: datetime) -> None:
+    """Store ``events`` of a drop whose row the caller has locked; publish them on commit."""
+    if not events:
+        return
+    rows = Event.objects.bulk_create(
+        Event(drop_id=drop_id, seq=event.seq, type=event.type, data=event.data, created_at=now)
+        for event in events
+    )
+    transaction.on_commit(partial(publish, drop_id, rows))

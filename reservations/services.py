@@ -1,0 +1,405 @@
+"""Reserve, release and expire: every change of a hold, each with its stock and its events."""
+
+import uuid
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from django.conf import settings
+from django.db import OperationalError, transaction
+from django.db.models import FilteredRelation, Max, Min, OuterRef, Q, Subquery
+from django.db.models.functions import Now
+from psycopg.errors import LockNotAvailable
+from rest_framework.exceptions import APIException, ErrorDetail, ValidationError
+
+from config.database import ClockTimestamp, read_clock
+from config.problems import Refusal
+from drops.exceptions import format_instant, refusal_unless_live
+from drops.models import Drop, Variant
+from drops.services import LockedDrop, lock_drop
+from realtime.models import EventType
+from reservations.exceptions import (
+    AlreadyReserved,
+    FullyReserved,
+    LimitExceeded,
+    ReservationExpired,
+    ReservationNotActive,
+    SoldOut,
+    VariantRequired,
+)
+from reservations.models import Reservation, ReservationStatus
+from users.exceptions import UnknownUser
+from users.models import User
+
+# What a user has of a drop: held units and bought ones.
+COUNTS_AGAINST_LIMIT = (ReservationStatus.ACTIVE, ReservationStatus.CONSUMED)
+# Bounds how long one transaction keeps a drop locked.
+MAX_EXPIRED_PER_TRANSACTION = 1000
+
+Settled = TypeVar("Settled")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request to reserve, not yet settled. Without a variant, the drop's only one is meant."""
+
+    user_id: uuid.UUID
+    variant_id: uuid.UUID | None = None
+    quantity: int = 1
+
+
+@dataclass(slots=True)
+class Share:
+    """What one claimant already has of the drop."""
+
+    used: int = 0
+    hold: Reservation | None = None
+
+
+def reserve(drop_id: uuid.UUID | str, claim: Claim) -> Reservation:
+    """Settle one claim.
+
+    Raises:
+        Drop.DoesNotExist: no such drop.
+        Refusal: why there is no reservation.
+    """
+    return raise_refusal(reserve_many(drop_id, [claim])[0])
+
+
+@transaction.atomic
+def reserve_many(
+    drop_id: uuid.UUID | str, claims: Sequence[Claim]
+) -> list[Reservation | APIException]:
+    """Settle ``claims`` on one drop, first come first served.
+
+    Locks the drop for the whole transaction, so claims on one drop never race. A user
+    who already holds the variant gets the same reservation again. When stock is short,
+    the drop's overdue holds are returned to it first.
+
+    Returns:
+        One ``Reservation`` or refusal per claim, in the order given. A new reservation
+        has ``is_new`` set.
+    Raises:
+        Drop.DoesNotExist: no such drop.
+    """
+    locked = lock_drop(drop_id)
+    shares, now = read_shares(locked.drop, claims)
+    settlement = Settlement(locked, shares, now)
+    outcomes = [settlement.settle(claim) for claim in claims]
+    settlement.save()
+    return outcomes
+
+
+class Settlement:
+    """The state of one ``reserve_many``, claim by claim."""
+
+    def __init__(self, locked: LockedDrop, shares: dict[uuid.UUID, Share], now: datetime) -> None:
+        self.locked = locked
+        self.drop = locked.drop
+        self.shares = shares
+        self.now = now
+        self.refusal = refusal_unless_live(locked.drop, now)
+        self.expires_at = now + timedelta(seconds=settings.RESERVATION_TTL_SECONDS)
+        if locked.drop.ends_at:
+            # Nothing can be bought after the end, so the deadline says so from the start.
+            self.expires_at = min(self.expires_at, locked.drop.ends_at)
+        self.new: list[Reservation] = []
+        self.has_reclaimed = False
+        self.next_release_at: datetime | None = None
+
+    def settle(self, claim: Claim) -> Reservation | APIException:
+        share = self.shares.get(claim.user_id)
+        if share is None:
+            return UnknownUser()
+        if share.hold is not None and share.hold.is_overdue_at(self.now):
+            self.reclaim()
+            share.used -= share.hold.quantity
+            share.hold = None
+        try:
+            variant = self.variant_of(claim)
+            if share.hold is not None:
+                return self.repeat(share.hold, variant)
+            self.check(claim, share, variant)
+        except (Refusal, ValidationError) as refusal:
+            return refusal
+        reservation = self.hold(claim, variant)
+        share.used += claim.quantity
+        share.hold = reservation
+        return reservation
+
+    def variant_of(self, claim: Claim) -> Variant:
+        variants = self.locked.variants
+        if claim.variant_id is not None:
+            if claim.variant_id in variants:
+                return variants[claim.variant_id]
+            unknown = ErrorDetail("This drop has no such variant.", "does_not_exist")
+            raise ValidationError({"variant": [unknown]})
+        if len(variants) > 1:
+            raise VariantRequired
+        return next(iter(variants.values()))
+
+    def repeat(self, hold: Reservation, variant: Variant) -> Reservation:
+        if hold.variant_id != variant.pk:
+            raise AlreadyReserved(reservation_id=str(hold.pk))
+        # A copy: within one batch the first claim's reservation is new, the second's is not.
+        again = copy(hold)
+        again.is_new = False
+        return again
+
+    def check(self, claim: Claim, share: Share, variant: Variant) -> None:
+        if self.refusal:
+            raise self.refusal
+        limit = self.drop.max_per_user
+        if limit is not None and share.used + claim.quantity > limit:
+            raise LimitExceeded(limit=limit, used=share.used)
+        if variant.available_stock < claim.quantity:
+            self.reclaim()
+        if variant.available_stock < claim.quantity:
+            raise self.shortage(variant)
+
+    def hold(self, claim: Claim, variant: Variant) -> Reservation:
+        reservation = Reservation(
+            drop=self.drop,
+            variant=variant,
+            user_id=claim.user_id,
+            quantity=claim.quantity,
+            unit_price=self.drop.price,
+            currency=self.drop.currency,
+            created_at=self.now,
+            expires_at=self.expires_at,
+        )
+        reservation.read_at = self.now
+        reservation.is_new = True
+        self.locked.move(variant, available=-claim.quantity)
+        self.new.append(reservation)
+        return reservation
+
+    def reclaim(self) -> None:
+        """Return the drop's overdue holds to stock, once per transaction."""
+        if not self.has_reclaimed:
+            self.has_reclaimed = True
+            expire_overdue(self.locked, self.now, MAX_EXPIRED_PER_TRANSACTION)
+
+    def shortage(self, variant: Variant) -> Refusal:
+        available = variant.available_stock
+        if variant.held_stock == 0:
+            if available:
+                return SoldOut(f"Only {available} left.", available_stock=available)
+            return SoldOut(available_stock=0)
+        if self.next_release_at is None:
+            self.next_release_at = (
+                Reservation.objects.active()
+                .filter(drop=self.drop)
+                .aggregate(first=Min("expires_at"))["first"]
+            )
+        # Holds of this very transaction are not stored yet; they all end at the same time.
+        deadlines = [self.next_release_at, self.expires_at if self.new else None]
+        first = min(filter(None, deadlines), default=None)
+        return FullyReserved(available_stock=available, next_release_at=format_instant(first))
+
+    def save(self) -> None:
+        if self.new:
+            Reservation.objects.bulk_create(self.new)
+        if self.locked.has_moved:
+            self.locked.record_stock()
+        self.locked.save(self.now)
+
+
+def read_shares(drop: Drop, claims: Iterable[Claim]) -> tuple[dict[uuid.UUID, Share], datetime]:
+    """Return what the claimants have of ``drop``, and the time by the database's clock.
+
+    One row per claimant and reservation, and at least one per claimant, so the clock of
+    this statement, which ran after the lock was won, is always there.
+    """
+    rows = (
+        User.objects.filter(pk__in={claim.user_id for claim in claims})
+        .annotate(
+            mine=FilteredRelation(
+                "reservations",
+                condition=Q(reservations__drop=drop, reservations__status__in=COUNTS_AGAINST_LIMIT),
+            ),
+            read_at=ClockTimestamp(),
+        )
+        .values_list(
+            "pk",
+            "read_at",
+            "mine__id",
+            "mine__status",
+            "mine__variant_id",
+            "mine__quantity",
+            "mine__unit_price",
+            "mine__currency",
+            "mine__created_at",
+            "mine__expires_at",
+        )
+    )
+    shares: dict[uuid.UUID, Share] = {}
+    now = None
+    for user_id, read_at, pk, status, variant_id, quantity, price, currency, made, ends in rows:
+        now = max(now, read_at) if now else read_at
+        share = shares.setdefault(user_id, Share())
+        if pk is None:
+            continue
+        share.used += quantity
+        if status == ReservationStatus.ACTIVE:
+            share.hold = Reservation(
+                pk=pk,
+                drop=drop,
+                variant_id=variant_id,
+                user_id=user_id,
+                quantity=quantity,
+                unit_price=price,
+                currency=currency,
+                status=status,
+                created_at=made,
+                expires_at=ends,
+            )
+            share.hold.read_at = read_at
+    return shares, now or read_clock()
+
+
+def release(reservation_id: uuid.UUID | str, user: User) -> Reservation:
+    """Give up a hold of ``user``: its units are available again.
+
+    Raises:
+        Reservation.DoesNotExist: no such reservation of this user.
+        ReservationExpired, ReservationNotActive: there is nothing left to give up.
+    """
+    return _end_hold(reservation_id, ReservationStatus.RELEASED, user_id=user.pk)
+
+
+@transaction.atomic
+def _end_hold(
+    reservation_id: uuid.UUID | str, status: ReservationStatus, **owner: uuid.UUID
+) -> Reservation:
+    # Which drop to lock first never changes, so it may be read without a lock.
+    drop_id = Reservation.objects.values_list("drop_id", flat=True).get(pk=reservation_id, **owner)
+    locked = lock_drop(drop_id)
+    reservation = (
+        Reservation.objects.select_for_update(no_key=True)
+        .annotate(read_at=ClockTimestamp())
+        .get(pk=reservation_id)
+    )
+    now = reservation.read_at
+    if reservation.status == ReservationStatus.EXPIRED or reservation.is_overdue_at(now):
+        raise ReservationExpired
+    if reservation.status != ReservationStatus.ACTIVE:
+        raise ReservationNotActive
+    reservation.status = status
+    reservation.save(update_fields=["status"])
+    reservation.drop = locked.drop
+    locked.move(locked.variants[reservation.variant_id], available=reservation.quantity)
+    locked.record_stock()
+    locked.save(now)
+    return reservation
+
+
+def expire_overdue(locked: LockedDrop, now: datetime, limit: int) -> list[uuid.UUID]:
+    """Return at most ``limit`` overdue holds of a locked drop to its stock.
+
+    The caller saves ``locked``.
+
+    Returns:
+        The ids of the reservations that expired.
+    """
+    overdue = list(
+        Reservation.objects.overdue(now)
+        .filter(drop=locked.drop)
+        # Whoever holds one of these rows is about to settle it; the drop's lock makes
+        # that impossible within the project, and a foreign lock must not stop the rest.
+        .select_for_update(skip_locked=True, no_key=True)
+        .order_by("expires_at", "pk")
+        .values_list("pk", "variant_id", "quantity")[:limit]
+    )
+    ids = [pk for pk, _, _ in overdue]
+    if ids:
+        Reservation.objects.filter(pk__in=ids).update(status=ReservationStatus.EXPIRED)
+    for pk, variant_id, quantity in overdue:
+        locked.move(locked.variants[variant_id], available=quantity)
+        locked.record(
+            EventType.RESERVATION_EXPIRED,
+            {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
+        )
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiredHolds:
+    """What one sweep returned to a drop's stock."""
+
+    drop_id: uuid.UUID
+    available_stock: int
+    reservation_ids: list[uuid.UUID]
+
+
+def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
+    """Expire overdue holds: of each drop at most ``batch``, in a transaction per drop.
+
+    Any number may run at once; each hold expires once. A drop that somebody keeps locked
+    is left for the next call.
+    """
+    swept = []
+    for drop_id in (
+        Drop.objects.annotate(due_at=_first_deadline())
+        .filter(due_at__lte=Now())
+        .order_by("due_at")
+        .values_list("pk", flat=True)
+    ):
+        try:
+            swept.append(_expire_drop(drop_id, batch))
+        except OperationalError as exc:
+            if not isinstance(exc.__cause__, LockNotAvailable):
+                raise
+    return [holds for holds in swept if holds.reservation_ids]
+
+
+def expire_all_due() -> list[ExpiredHolds]:
+    """Expire every overdue hold there is, batch after batch."""
+    swept: list[ExpiredHolds] = []
+    while batch := expire_due():
+        swept += batch
+    return swept
+
+
+@transaction.atomic
+def _expire_drop(drop_id: uuid.UUID, batch: int) -> ExpiredHolds:
+    # Waits for the drop like everybody else: with skip_locked a crowd of buyers, who keep
+    # the row locked without a pause, would starve the holds that should come back to them.
+    locked = lock_drop(drop_id)
+    now = read_clock()
+    ids = expire_overdue(locked, now, batch)
+    if ids:
+        locked.record_stock()
+        locked.save(now)
+    return ExpiredHolds(drop_id, locked.drop.available_stock, ids)
+
+
+def seconds_until_next_deadline() -> float | None:
+    """Return how long until the next active hold is due (0 if overdue), None without holds."""
+    next_deadline = (
+        Drop.objects.annotate(due_at=_first_deadline())
+        .filter(due_at__isnull=False)
+        .aggregate(first=Min("due_at"), now=Max(ClockTimestamp()))
+    )
+    if next_deadline["first"] is None:
+        return None
+    return max(0.0, (next_deadline["first"] - next_deadline["now"]).total_seconds())
+
+
+def _first_deadline() -> Subquery:
+    """Return the drop's first deadline: one step in the index of active holds per drop."""
+    return Subquery(
+        Reservation.objects.active()
+        .filter(drop=OuterRef("pk"))
+        .order_by("expires_at")
+        .values("expires_at")[:1]
+    )
+
+
+def raise_refusal(outcome: "Settled | APIException") -> "Settled":
+    """Return ``outcome``, or raise it where it is a refusal."""
+    if isinstance(outcome, APIException):
+        raise outcome
+    return outcome
