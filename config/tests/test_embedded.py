@@ -109,10 +109,21 @@ def kill(holder: subprocess.Popen[str]) -> None:
 
 def running(checkout: Path) -> list[str]:
     """List the server programs that run on a folder of this checkout, from all processes."""
-    data = str(EmbeddedServers(checkout).data_dir.parent)
-    commands = [embedded._command_line(int(path.name)) for path in Path("/proc").glob("[0-9]*")]
-    programs = [command.split(f" {data}/")[0] for command in commands if f" {data}/" in command]
-    return sorted(program.split("/")[-1] for program in programs)
+    data = f" {EmbeddedServers(checkout).data_dir.parent}/"
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        command = embedded._command_line(int(process.name))
+        if data in command:
+            found[int(process.name)] = command.split(data)[0].split("/")[-1]
+    # A process that PostgreSQL has just forked looks like another PostgreSQL.
+    return sorted(program for pid, program in found.items() if parent(pid) not in found)
+
+
+def parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def connect(servers: EmbeddedServers) -> psycopg.Connection:

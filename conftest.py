@@ -1,0 +1,35 @@
+"""Give the test run servers of its own, unless DATABASE_URL and REDIS_URL name others."""
+
+import pytest
+from rest_framework.test import APIClient
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """The embedded PostgreSQL and Redis of this run, or None where the URLs name others."""
+    from django.conf import settings
+
+    if settings.EMBEDDED is None:
+        yield None
+    else:
+        with settings.EMBEDDED:
+            yield settings.EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings(servers):
+    """Start the servers before pytest-django creates the test database."""
+
+
+@pytest.fixture
+def client_of():
+    """Return a function that makes an API client speak for a user, or for nobody."""
+
+    def make(user=None, **headers):
+        client = APIClient()
+        if user is not None:
+            headers["HTTP_X_USER_ID"] = str(getattr(user, "pk", user))
+        client.credentials(**headers)
+        return client
+
+    return make

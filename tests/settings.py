@@ -1,0 +1,13 @@
+"""The project's settings as a test run needs them.
+
+A test run is a development run on servers of its own, which need no protection from power
+cuts. Set in the environment, so that server processes started by tests see the same.
+"""
+
+import os
+
+os.environ["DEBUG"] = "true"
+os.environ.setdefault("EMBEDDED_INSTANCE", f"test-{os.getpid()}")
+os.environ.setdefault("EMBEDDED_DURABLE", "false")
+
+from config.settings import *  # noqa: E402, F403
