@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 # Commands that never look at the database; starting servers for them would only cost time.
-WITHOUT_SERVERS = {"help", "version", "--version", "check", "spectacular", "collectstatic"}
+# (``up`` starts them itself and says so.)
+WITHOUT_SERVERS = {"up", "help", "version", "--version", "check", "spectacular", "collectstatic"}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Refuse large bodies before anything reads, stores or parses them."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -9,8 +9,8 @@ from django.conf import settings
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, BodyTooLarge, problem
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
+Scope = dict[str, Any]
+Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]

@@ -5,8 +5,8 @@ commands of a checkout share one pair of servers. Below the checkout's ``var``::
 
     lock                      held while somebody starts or stops servers, whatever the instance
     <instance>/users.lock     held, shared, by each command that uses the servers
-    <instance>/postgres       the cluster, beside postgres.log
-    <instance>/valkey         its pid file, beside valkey.log
+    <instance>/postgres       the cluster, beside postgres.log and postgres.lock
+    <instance>/valkey         its pid file, beside valkey.log and valkey.lock
     <instance>/sockets        or a folder of /tmp, when this path doesn't suit a socket
 
 The kernel frees a lock when its holder dies, even by ``kill -9``. Servers that outlive their
@@ -121,6 +121,7 @@ class _Server:
     pid_file: Path
     socket: Path
     log: Path
+    life_lock: Path
     account: _Account
     answers: Callable[[], bool]
     stop_signals: tuple[signal.Signals, ...]
@@ -132,67 +133,69 @@ class _Server:
             pid = int(self.pid_file.read_text().split()[0])
         except (FileNotFoundError, ValueError, IndexError):
             return None
-        return pid if self._is_running(pid) else None
-
-    def _is_running(self, pid: int) -> bool:
-        """Recognise the process by its command line: after a reboot the pid may be anybody's."""
-        command = f"/{self.program} {self.folder_option} {self.folder}"
-        return pid > 0 and command in _command_line(pid)
+        # After a reboot the pid may be anybody's.
+        ours = f"/{self.program} {self.folder_option} {self.folder} "
+        return pid if pid > 0 and ours in _command_line(pid) else None
 
     def start(self, program: Path, progress: Progress) -> None:
         """Join the running server or launch one; return once it answers."""
-        if self.pid and not self.socket.exists():
+        if self._is_alive() and not self.socket.exists():
             self.stop()  # its sockets were cleaned away, so nobody can reach it
         deadline = time.monotonic() + START_SECONDS
         process = None
         try:
             while not self.answers():
-                if process is None and self.pid is None:
+                if process is None and not self._is_alive():
                     progress(f"Starting {self.title}")
                     process = self._launch(program)
                 elif process is not None and process.poll() is not None:
-                    # After kill -9 the postmaster's backends first finish their statements.
-                    if "still in use" not in _tail(self.log):
-                        raise self._error("stopped while starting")
-                    time.sleep(0.1)
-                    process = None
+                    raise self._error("stopped while starting")
                 if time.monotonic() > deadline:
                     raise self._error(f"did not answer within {START_SECONDS} s")
                 time.sleep(0.01)
         except BaseException:
             if process is not None:
-                self._end(process.pid, self.stop_signals)
+                process.send_signal(self.stop_signals[0])
+                self.stop()
             raise
 
     def _launch(self, program: Path) -> subprocess.Popen[bytes]:
-        # The server died without removing these. PostgreSQL would refuse to start if the pid
-        # in them now belongs to another process.
+        # A server that was killed left these. PostgreSQL would refuse to start if the pid in
+        # them now belongs to another process.
         for stale in (self.pid_file, self.socket.with_name(f"{self.socket.name}.lock")):
             stale.unlink(missing_ok=True)
         command = [program, self.folder_option, self.folder, *self.options]
+        options = self.account.popen_options
         self.log.touch(mode=0o600)
-        with self.log.open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, **self.account.popen_options)  # noqa: S603
+        with self.log.open("wb") as log, _opened(self.life_lock) as life:
+            fcntl.flock(life, fcntl.LOCK_EX)
+            process = subprocess.Popen(command, stdout=log, pass_fds=[life], **options)  # noqa: S603
         # Reaps the server if it ends before us: as a zombie it would keep its pid.
         threading.Thread(target=process.wait, name=f"reap-{self.program}", daemon=True).start()
         return process
 
-    def stop(self, *signals: signal.Signals) -> None:
-        """End the process by the first of ``signals`` that works; returns when it is gone."""
-        if pid := self.pid:
-            self._end(pid, signals or self.stop_signals)
+    def _is_alive(self) -> bool:
+        """Tell whether a process of this server is left, if only a backend of a killed one.
 
-    def _end(self, pid: int, signals: tuple[signal.Signals, ...]) -> None:
-        for signum in signals:
-            if self._is_running(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signum)
+        They inherit a lock. Unlike a pid file it knows of a server from its first moment, which
+        matters when the command that launched it is killed right then.
+        """
+        with _opened(self.life_lock) as life:
+            return not _lock_at_once(life)
+
+    def stop(self, *signals: signal.Signals) -> None:
+        """End the server by the first of ``signals`` that works; return when it is gone."""
+        for signum in signals or self.stop_signals:
             deadline = time.monotonic() + STOP_SECONDS
-            while time.monotonic() < deadline:
-                if not self._is_running(pid):
-                    return
+            signalled = None
+            while self._is_alive() and time.monotonic() < deadline:
+                if (pid := self.pid) not in {None, signalled}:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signum)
+                    signalled = pid
                 time.sleep(0.01)
-        raise self._error("did not stop")
+        if self._is_alive():
+            raise self._error("did not stop")
 
     def _error(self, problem: str) -> EmbeddedServerError:
         return EmbeddedServerError(f"{self.title} {problem}; see {self.log}\n{_tail(self.log)}")
@@ -226,6 +229,7 @@ class EmbeddedServers:
             pid_file=self.data_dir / "postgres/postmaster.pid",
             socket=self._socket_dir / f".s.PGSQL.{PORT}",
             log=self.data_dir / "postgres.log",
+            life_lock=self.data_dir / "postgres.lock",
             account=self._account,
             answers=self._postgres_answers,
             # "Fast", "immediate" and, for a stopped process, the kernel's.
@@ -240,6 +244,7 @@ class EmbeddedServers:
             pid_file=self.data_dir / "valkey/valkey.pid",
             socket=self._socket_dir / "valkey.sock",
             log=self.data_dir / "valkey.log",
+            life_lock=self.data_dir / "valkey.lock",
             account=self._account,
             answers=self._valkey_answers,
             stop_signals=(signal.SIGTERM, signal.SIGKILL),
@@ -330,12 +335,9 @@ class EmbeddedServers:
             for folder in (self._root.parent, self._root):
                 if not folder.exists():
                     _own_folder(folder, mode=0o755)
-            lock = _open_lock(self._root / "lock")
-            try:
+            with _opened(self._root / "lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
-            finally:
-                os.close(lock)
         except (OSError, subprocess.SubprocessError, psycopg.Error) as error:
             problem = f"The embedded servers in {self.data_dir} can't be used: {error}"
             raise EmbeddedServerError(problem) from error
@@ -363,14 +365,14 @@ class EmbeddedServers:
                 self._postgres.stop()
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
                 if self._throwaway:
-                    shutil.rmtree(self.data_dir)
+                    _remove_folder(self.data_dir)
         finally:
             os.close(lock)
 
     def _create_cluster(self) -> None:
         """Run initdb in a folder of its own first: killed half-way, it leaves no half cluster."""
         for unfinished in self.data_dir.glob("initdb-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _remove_folder(unfinished)
         folder = Path(tempfile.mkdtemp(prefix="initdb-", dir=self.data_dir))
         _own_folder(folder, 0o700, self._account)
         command = [self.postgres_bin / "initdb", "--pgdata", folder, "--username=drops"]
@@ -392,7 +394,9 @@ class EmbeddedServers:
         with self._connect() as connection:
             query = "SELECT FROM pg_database WHERE datname = 'drops'"
             if connection.execute(query).fetchone() is None:
-                connection.execute("CREATE DATABASE drops")
+                # A command killed just now may have left the same statement running.
+                with suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
+                    connection.execute("CREATE DATABASE drops")
 
     def _connect(self) -> psycopg.Connection:
         return psycopg.connect(
@@ -524,9 +528,25 @@ def _own_folder(path: Path, mode: int, account: _Account | None = None) -> None:
         os.close(descriptor)
 
 
+def _remove_folder(path: Path) -> None:
+    """Remove a folder in which the initdb of a killed command may still be writing."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while path.exists():
+        shutil.rmtree(path, ignore_errors=time.monotonic() < deadline)
+
+
 def _open_lock(path: Path) -> int:
     """Open a lock file; Python keeps the descriptor from the servers, which outlive us."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = _open_lock(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _lock_at_once(descriptor: int) -> bool:

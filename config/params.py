@@ -1,5 +1,6 @@
 """Read what stands in an address: path ids, query parameters, pages."""
 
+import uuid
 from typing import Any
 
 from rest_framework import serializers
@@ -40,13 +41,13 @@ def read_query(request: Request, name: str, field: serializers.Field, default: A
         raise ValidationError({name: exc.detail}) from exc
 
 
-def path_id(value: str) -> str:
+def path_id(value: str) -> uuid.UUID:
     """Return a path's id; what is no UUID can't name anything.
 
     Raises:
         NotFound: ``value`` is no UUID.
     """
     try:
-        return str(serializers.UUIDField().run_validation(value))
+        return serializers.UUIDField().run_validation(value)
     except ValidationError:
         raise NotFound from None

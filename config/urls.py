@@ -1,7 +1,9 @@
+from collections.abc import Callable
+
 from django.conf import settings
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.urls import include, path, re_path
+from django.urls import URLPattern, URLResolver, include, path, re_path
 from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, SpectacularSwaggerView
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
@@ -13,7 +15,7 @@ def healthz(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"status": "ok"})
 
 
-def api_problem(error: APIException, page: str) -> object:
+def api_problem(error: APIException, page: str) -> Callable[..., HttpResponse]:
     """Return an error view: a problem under /api, else Django's own page ``page``."""
 
     def view(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
@@ -28,7 +30,7 @@ handler400 = api_problem(ParseError("The request is not valid HTTP for this site
 handler404 = api_problem(NotFound(), "Not found")
 handler500 = api_problem(InternalError(), "Something went wrong on our side.")
 
-api = [
+api: list[URLPattern | URLResolver] = [
     path("", include("drops.urls")),
     path("", include("reservations.urls")),
     path("", include("purchases.urls")),

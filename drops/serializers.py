@@ -37,7 +37,8 @@ class AmountField(serializers.CharField):
     """An amount of the object's currency, as a decimal string."""
 
     def get_attribute(self, instance: Any) -> str:
-        return format_amount(super().get_attribute(instance), instance.currency)
+        amount: Any = super().get_attribute(instance)
+        return format_amount(amount, instance.currency)
 
 
 class DropSerializer(serializers.ModelSerializer):
@@ -84,7 +85,7 @@ class DropSerializer(serializers.ModelSerializer):
 
 
 class VariantInputSerializer(StrictSerializer):
-    label = StrictCharField(max_length=50)
+    label = StrictCharField(max_length=50)  # type: ignore[assignment]
     total_stock = StrictIntegerField(min_value=0, max_value=LARGEST_INTEGER)
 
 
@@ -118,7 +119,7 @@ class DropCreateSerializer(DropInputSerializer):
 
     currency = StrictCharField(default="USD", max_length=3)
     total_stock = StrictIntegerField(min_value=0, max_value=LARGEST_INTEGER, required=False)
-    variants = VariantInputSerializer(many=True, required=False, allow_empty=False, max_length=50)
+    variants = VariantInputSerializer(many=True, required=False, allow_empty=False, max_length=50)  # type: ignore[call-arg]
 
     def get_fields(self) -> dict[str, serializers.Field]:
         fields = super().get_fields()

@@ -133,7 +133,7 @@ class LockedDrop:
             )
 
 
-def lock_drop(drop_id: uuid.UUID | str) -> LockedDrop:
+def lock_drop(drop_id: uuid.UUID) -> LockedDrop:
     """Lock the drop, then its variants, until the end of the transaction.
 
     Read the database's clock only afterwards: the wait for the lock may be long.
@@ -196,7 +196,7 @@ def status_by_start(starts_at: datetime | None, now: datetime) -> DropStatus:
 
 
 @transaction.atomic
-def update_drop(drop_id: uuid.UUID | str, **changes: Any) -> Drop:
+def update_drop(drop_id: uuid.UUID, **changes: Any) -> Drop:
     """Change what ``DropInputSerializer`` allows; announce it unless the drop stays a draft.
 
     A draft that gets another status is announced as created.
@@ -255,9 +255,7 @@ def decimals_of(price: Any) -> int:
 
 
 @transaction.atomic
-def adjust_stock(
-    variant_id: uuid.UUID | str, delta: int, *, reason: str, user: User
-) -> StockAdjustment:
+def adjust_stock(variant_id: uuid.UUID, delta: int, *, reason: str, user: User) -> StockAdjustment:
     """Add ``delta`` units to a variant, or withdraw them, and keep a record of it.
 
     Raises:
@@ -266,7 +264,7 @@ def adjust_stock(
     """
     drop_id = Variant.objects.values_list("drop_id", flat=True).get(pk=variant_id)
     locked = lock_drop(drop_id)
-    variant = next(v for v in locked.variants.values() if str(v.pk) == str(variant_id))
+    variant = locked.variants[variant_id]
     if variant.available_stock + delta < 0:
         raise StockCommitted(available_stock=variant.available_stock)
     locked.move(variant, available=delta, total=delta)

@@ -9,7 +9,6 @@ from django.db import transaction
 from django.db.models import Case, IntegerField, When
 from rest_framework.exceptions import APIException
 
-from config.database import ClockTimestamp
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop
 from drops.services import LockedDrop, lock_drop
@@ -26,7 +25,7 @@ from reservations.services import raise_refusal
 FEED_LENGTH = 3
 
 
-def purchase(drop_id: uuid.UUID | str, user_id: uuid.UUID) -> Purchase:
+def purchase(drop_id: uuid.UUID, user_id: uuid.UUID) -> Purchase:
     """Purchase what the user holds of the drop.
 
     Raises:
@@ -38,7 +37,7 @@ def purchase(drop_id: uuid.UUID | str, user_id: uuid.UUID) -> Purchase:
 
 @transaction.atomic
 def purchase_many(
-    drop_id: uuid.UUID | str, user_ids: Sequence[uuid.UUID]
+    drop_id: uuid.UUID, user_ids: Sequence[uuid.UUID]
 ) -> list[Purchase | APIException]:
     """Turn what each user holds of the drop into a purchase, in the order given.
 
@@ -84,8 +83,8 @@ def latest_reservations(drop: Drop, user_ids: Sequence[uuid.UUID]) -> dict[uuid.
         When(status=ReservationStatus.ACTIVE, then=0), default=1, output_field=IntegerField()
     )
     rows = (
-        Reservation.objects.filter(drop=drop, user__in=set(user_ids))
-        .annotate(read_at=ClockTimestamp())
+        Reservation.objects.with_clock()
+        .filter(drop=drop, user__in=set(user_ids))
         .select_related("user", "purchase")
         .order_by("user_id", active_first, "-created_at")
         .distinct("user_id")

@@ -1,5 +1,3 @@
-import uuid
-
 from django.db.models import QuerySet
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
@@ -18,7 +16,7 @@ from config.params import path_id
 from purchases.models import Purchase
 from purchases.serializers import PurchaseInputSerializer, PurchaseSerializer
 from purchases.services import purchase
-from users.authentication import IsIdentified
+from users.authentication import IsIdentified, user_of
 from users.idempotency import idempotent
 
 EXAMPLE = OpenApiExample(
@@ -69,7 +67,7 @@ class PurchaseViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericV
     queryset = Purchase.objects.all()
 
     def get_queryset(self) -> QuerySet[Purchase]:
-        return Purchase.objects.filter(user=self.request.user)
+        return Purchase.objects.filter(user=user_of(self.request))
 
     def get_object(self) -> Purchase:
         self.kwargs["pk"] = path_id(self.kwargs["pk"])
@@ -95,5 +93,5 @@ class PurchaseViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericV
     @idempotent
     def purchase(self, request: Request, drop_id: str) -> Response:
         PurchaseInputSerializer(data=request.data).is_valid(raise_exception=True)
-        bought = purchase(uuid.UUID(path_id(drop_id)), request.user.pk)
+        bought = purchase(path_id(drop_id), user_of(request).pk)
         return Response(PurchaseSerializer(bought).data, status=201 if bought.is_new else 200)

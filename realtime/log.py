@@ -22,7 +22,7 @@ def current_seqs() -> dict[str, int]:
 
 def events_after(drop_id: str, seq: int, limit: int = EVENTS_PER_READ) -> list[LoggedEvent]:
     """Return the drop's events after ``seq``, oldest first, at most ``limit``."""
-    rows = Event.objects.filter(drop=drop_id, seq__gt=seq).order_by("seq")
+    rows = Event.objects.filter(drop_id=drop_id, seq__gt=seq).order_by("seq")
     return list(rows.values_list("seq", "type", "created_at", "data")[:limit])
 
 

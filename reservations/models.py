@@ -6,6 +6,8 @@ from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from config.database import ClockTimestamp
+
 
 class ReservationStatus(models.TextChoices):
     ACTIVE = "ACTIVE", "Active"
@@ -26,6 +28,10 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
     def read_now(self) -> "ReservationQuerySet":
         """Load each reservation with its drop and the database's time, ``read_at``."""
         return self.annotate(read_at=Now()).select_related("drop")
+
+    def with_clock(self) -> "ReservationQuerySet":
+        """Load the database's time with each row as ``read_at``, even late in a transaction."""
+        return self.annotate(read_at=ClockTimestamp())
 
 
 class Reservation(models.Model):

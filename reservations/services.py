@@ -58,7 +58,7 @@ class Share:
     hold: Reservation | None = None
 
 
-def reserve(drop_id: uuid.UUID | str, claim: Claim) -> Reservation:
+def reserve(drop_id: uuid.UUID, claim: Claim) -> Reservation:
     """Settle one claim.
 
     Raises:
@@ -69,9 +69,7 @@ def reserve(drop_id: uuid.UUID | str, claim: Claim) -> Reservation:
 
 
 @transaction.atomic
-def reserve_many(
-    drop_id: uuid.UUID | str, claims: Sequence[Claim]
-) -> list[Reservation | APIException]:
+def reserve_many(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Reservation | APIException]:
     """Settle ``claims`` on one drop, first come first served.
 
     Locks the drop for the whole transaction, so claims on one drop never race. A user
@@ -260,7 +258,7 @@ def read_shares(drop: Drop, claims: Iterable[Claim]) -> tuple[dict[uuid.UUID, Sh
     return shares, now or read_clock()
 
 
-def release(reservation_id: uuid.UUID | str, user: User) -> Reservation:
+def release(reservation_id: uuid.UUID, user: User) -> Reservation:
     """Give up a hold of ``user``: its units are available again.
 
     Raises:
@@ -272,15 +270,13 @@ def release(reservation_id: uuid.UUID | str, user: User) -> Reservation:
 
 @transaction.atomic
 def _end_hold(
-    reservation_id: uuid.UUID | str, status: ReservationStatus, **owner: uuid.UUID
+    reservation_id: uuid.UUID, status: ReservationStatus, **owner: uuid.UUID
 ) -> Reservation:
     # Which drop to lock first never changes, so it may be read without a lock.
     drop_id = Reservation.objects.values_list("drop_id", flat=True).get(pk=reservation_id, **owner)
     locked = lock_drop(drop_id)
     reservation = (
-        Reservation.objects.select_for_update(no_key=True)
-        .annotate(read_at=ClockTimestamp())
-        .get(pk=reservation_id)
+        Reservation.objects.with_clock().select_for_update(no_key=True).get(pk=reservation_id)
     )
     now = reservation.read_at
     if reservation.status == ReservationStatus.EXPIRED or reservation.is_overdue_at(now):
@@ -355,11 +351,11 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     return [holds for holds in swept if holds.reservation_ids]
 
 
-def expire_all_due() -> list[ExpiredHolds]:
+def expire_all_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     """Expire every overdue hold there is, batch after batch."""
     swept: list[ExpiredHolds] = []
-    while batch := expire_due():
-        swept += batch
+    while more := expire_due(batch):
+        swept += more
     return swept
 
 

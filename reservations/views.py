@@ -1,4 +1,3 @@
-import uuid
 from typing import Any
 
 from drf_spectacular.types import OpenApiTypes
@@ -23,7 +22,7 @@ from reservations.serializers import (
     ReserveInputSerializer,
 )
 from reservations.services import Claim, expire_all_due, release, reserve
-from users.authentication import IsIdentified
+from users.authentication import IsIdentified, user_of
 from users.idempotency import idempotent
 
 EXAMPLE = OpenApiExample(
@@ -88,7 +87,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
     queryset = Reservation.objects.all()
 
     def get_queryset(self) -> ReservationQuerySet:
-        own = Reservation.objects.read_now().filter(user=self.request.user)
+        own = Reservation.objects.read_now().filter(user=user_of(self.request))
         if self.action != "list":
             return own
         choices = serializers.ChoiceField(choices=ReservationStatus.choices)
@@ -131,9 +130,9 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
         body = ReserveInputSerializer(data=request.data)
         body.is_valid(raise_exception=True)
         claim = Claim(
-            request.user.pk, body.validated_data.get("variant"), body.validated_data["quantity"]
+            user_of(request).pk, body.validated_data.get("variant"), body.validated_data["quantity"]
         )
-        reservation = reserve(uuid.UUID(path_id(drop_id)), claim)
+        reservation = reserve(path_id(drop_id), claim)
         return Response(
             ReservationSerializer(reservation).data, status=201 if reservation.is_new else 200
         )
@@ -152,7 +151,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
         ),
     )
     def destroy(self, request: Request, pk: str, **kwargs: Any) -> Response:
-        return Response(ReservationSerializer(release(path_id(pk), request.user)).data)
+        return Response(ReservationSerializer(release(path_id(pk), user_of(request))).data)
 
 
 class ExpireNowView(APIView):

@@ -10,4 +10,4 @@ os.environ["DEBUG"] = "true"
 os.environ.setdefault("EMBEDDED_INSTANCE", f"test-{os.getpid()}")
 os.environ.setdefault("EMBEDDED_DURABLE", "false")
 
-from config.settings import *  # noqa: E402, F403
+from config.settings import *  # noqa: F403

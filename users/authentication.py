@@ -1,6 +1,7 @@
 from typing import TYPE_CHECKING
 
 from rest_framework.authentication import BaseAuthentication
+from rest_framework.exceptions import NotAuthenticated
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
@@ -24,6 +25,13 @@ class HeaderAuthentication(BaseAuthentication):
     def authenticate_header(self, request: Request) -> str:
         # Without a challenge DRF would answer 403 instead of 401.
         return "X-User-Id"
+
+
+def user_of(request: Request) -> User:
+    """Return the user of a request that passed ``IsIdentified``."""
+    if not isinstance(request.user, User):
+        raise NotAuthenticated
+    return request.user
 
 
 class IsIdentified(BasePermission):

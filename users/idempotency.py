@@ -3,7 +3,6 @@
 import hashlib
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from functools import wraps
 from typing import Any
 
@@ -15,6 +14,7 @@ from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from users.authentication import user_of
 from users.exceptions import (
     IdempotencyInProgress,
     IdempotencyKeyReused,
@@ -40,7 +40,7 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
         if not PRINTABLE_ASCII.fullmatch(key):
             raise InvalidIdempotencyKey
         row = IdempotencyKey(
-            user=request.user,
+            user=user_of(request),
             route=f"{request.method} {request.path.rstrip('/')}",
             key=key,
             fingerprint=hashlib.sha256(request._request.body).hexdigest(),
@@ -82,7 +82,7 @@ def claim_key(row: IdempotencyKey) -> IdempotencyKey | None:
                 ON CONFLICT (user_id, route, key) DO UPDATE
                 SET fingerprint = excluded.fingerprint, status = NULL, body = '',
                     created_at = excluded.created_at
-                WHERE known.created_at < now() - %s
+                WHERE known.created_at < now() - make_interval(hours => %s)
                 RETURNING id
                 """,
                 [
@@ -90,7 +90,7 @@ def claim_key(row: IdempotencyKey) -> IdempotencyKey | None:
                     row.route,
                     row.key,
                     row.fingerprint,
-                    timedelta(hours=settings.IDEMPOTENCY_KEY_HOURS),
+                    settings.IDEMPOTENCY_KEY_HOURS,
                 ],
             )
             taken = cursor.fetchone()

@@ -18,7 +18,7 @@ class User(AbstractUser):
     first_name = None  # type: ignore[assignment]
     last_name = None  # type: ignore[assignment]
 
-    REQUIRED_FIELDS: list[str] = []
+    REQUIRED_FIELDS = []
 
 
 class IdempotencyKey(models.Model):

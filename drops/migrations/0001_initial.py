@@ -9,7 +9,6 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
@@ -18,93 +17,230 @@ class Migration(migrations.Migration):
 
     operations = [
         migrations.CreateModel(
-            name='Drop',
+            name="Drop",
             fields=[
-                ('total_stock', models.PositiveIntegerField()),
-                ('available_stock', models.PositiveIntegerField()),
-                ('sold_stock', models.PositiveIntegerField(default=0)),
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('name', models.CharField(max_length=200)),
-                ('description', models.TextField(blank=True, default='')),
-                ('image_url', models.CharField(blank=True, default='', max_length=500)),
-                ('price', models.DecimalField(decimal_places=3, max_digits=12)),
-                ('currency', models.CharField(default='USD', help_text='ISO 4217', max_length=3)),
-                ('starts_at', models.DateTimeField(blank=True, null=True)),
-                ('ends_at', models.DateTimeField(blank=True, null=True)),
-                ('status', models.CharField(choices=[('draft', 'Draft'), ('scheduled', 'Scheduled'), ('live', 'Live'), ('paused', 'Paused'), ('ended', 'Ended'), ('cancelled', 'Cancelled')], default='draft', max_length=10)),
-                ('max_per_user', models.PositiveIntegerField(blank=True, default=1, help_text='Units one user may hold and have bought together; empty: no limit.', null=True)),
-                ('seq', models.PositiveBigIntegerField(default=0, help_text="The number of the drop's newest event.")),
-                ('latest_purchasers', models.JSONField(blank=True, default=list, help_text='The activity feed: the three latest paid purchases, newest first.')),
-                ('created_at', models.DateTimeField(db_index=True)),
-                ('created_by', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='drops_created', to=settings.AUTH_USER_MODEL)),
+                ("total_stock", models.PositiveIntegerField()),
+                ("available_stock", models.PositiveIntegerField()),
+                ("sold_stock", models.PositiveIntegerField(default=0)),
+                (
+                    "id",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, primary_key=True, serialize=False
+                    ),
+                ),
+                ("name", models.CharField(max_length=200)),
+                ("description", models.TextField(blank=True, default="")),
+                ("image_url", models.CharField(blank=True, default="", max_length=500)),
+                ("price", models.DecimalField(decimal_places=3, max_digits=12)),
+                ("currency", models.CharField(default="USD", help_text="ISO 4217", max_length=3)),
+                ("starts_at", models.DateTimeField(blank=True, null=True)),
+                ("ends_at", models.DateTimeField(blank=True, null=True)),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[
+                            ("draft", "Draft"),
+                            ("scheduled", "Scheduled"),
+                            ("live", "Live"),
+                            ("paused", "Paused"),
+                            ("ended", "Ended"),
+                            ("cancelled", "Cancelled"),
+                        ],
+                        default="draft",
+                        max_length=10,
+                    ),
+                ),
+                (
+                    "max_per_user",
+                    models.PositiveIntegerField(
+                        blank=True,
+                        default=1,
+                        help_text="Units one user may hold and have bought together; empty: no limit.",
+                        null=True,
+                    ),
+                ),
+                (
+                    "seq",
+                    models.PositiveBigIntegerField(
+                        default=0, help_text="The number of the drop's newest event."
+                    ),
+                ),
+                (
+                    "latest_purchasers",
+                    models.JSONField(
+                        blank=True,
+                        default=list,
+                        help_text="The activity feed: the three latest paid purchases, newest first.",
+                    ),
+                ),
+                ("created_at", models.DateTimeField(db_index=True)),
+                (
+                    "created_by",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="drops_created",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-created_at', 'id'],
+                "ordering": ["-created_at", "id"],
             },
         ),
         migrations.CreateModel(
-            name='Variant',
+            name="Variant",
             fields=[
-                ('total_stock', models.PositiveIntegerField()),
-                ('available_stock', models.PositiveIntegerField()),
-                ('sold_stock', models.PositiveIntegerField(default=0)),
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('label', models.CharField(max_length=50)),
-                ('position', models.PositiveSmallIntegerField(help_text='The order in which sizes are shown.')),
-                ('drop', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='variants', to='drops.drop')),
+                ("total_stock", models.PositiveIntegerField()),
+                ("available_stock", models.PositiveIntegerField()),
+                ("sold_stock", models.PositiveIntegerField(default=0)),
+                (
+                    "id",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, primary_key=True, serialize=False
+                    ),
+                ),
+                ("label", models.CharField(max_length=50)),
+                (
+                    "position",
+                    models.PositiveSmallIntegerField(
+                        help_text="The order in which sizes are shown."
+                    ),
+                ),
+                (
+                    "drop",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="variants",
+                        to="drops.drop",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['position'],
+                "ordering": ["position"],
             },
         ),
         migrations.CreateModel(
-            name='StockAdjustment',
+            name="StockAdjustment",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('delta', models.IntegerField(help_text='Units added; negative: withdrawn.')),
-                ('reason', models.CharField(max_length=200)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now(), editable=False)),
-                ('created_by', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, to=settings.AUTH_USER_MODEL)),
-                ('variant', models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, related_name='adjustments', to='drops.variant')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("delta", models.IntegerField(help_text="Units added; negative: withdrawn.")),
+                ("reason", models.CharField(max_length=200)),
+                (
+                    "created_at",
+                    models.DateTimeField(
+                        db_default=django.db.models.functions.datetime.Now(), editable=False
+                    ),
+                ),
+                (
+                    "created_by",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT, to=settings.AUTH_USER_MODEL
+                    ),
+                ),
+                (
+                    "variant",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="adjustments",
+                        to="drops.variant",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-id'],
+                "ordering": ["-id"],
             },
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('available_stock__gte', 0), ('sold_stock__gte', 0), ('total_stock__gte', django.db.models.expressions.CombinedExpression(models.F('available_stock'), '+', models.F('sold_stock')))), name='drop_stock_between_zero_and_total'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("available_stock__gte", 0),
+                    ("sold_stock__gte", 0),
+                    (
+                        "total_stock__gte",
+                        django.db.models.expressions.CombinedExpression(
+                            models.F("available_stock"), "+", models.F("sold_stock")
+                        ),
+                    ),
+                ),
+                name="drop_stock_between_zero_and_total",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('price__gte', 0)), name='drop_price_not_negative'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("price__gte", 0)), name="drop_price_not_negative"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('currency__regex', '^[A-Z]{3}$')), name='drop_currency_has_three_capitals'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("currency__regex", "^[A-Z]{3}$")),
+                name="drop_currency_has_three_capitals",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('status__in', ['draft', 'scheduled', 'live', 'paused', 'ended', 'cancelled'])), name='drop_status_is_known'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("status__in", ["draft", "scheduled", "live", "paused", "ended", "cancelled"])
+                ),
+                name="drop_status_is_known",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('starts_at', None), ('ends_at', None), ('ends_at__gt', models.F('starts_at')), _connector='OR'), name='drop_ends_after_it_starts'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("starts_at", None),
+                    ("ends_at", None),
+                    ("ends_at__gt", models.F("starts_at")),
+                    _connector="OR",
+                ),
+                name="drop_ends_after_it_starts",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='drop',
-            constraint=models.CheckConstraint(condition=models.Q(('max_per_user', None), ('max_per_user__gt', 0), _connector='OR'), name='drop_limit_per_user_is_positive'),
+            model_name="drop",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("max_per_user", None), ("max_per_user__gt", 0), _connector="OR"
+                ),
+                name="drop_limit_per_user_is_positive",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='variant',
-            constraint=models.CheckConstraint(condition=models.Q(('available_stock__gte', 0), ('sold_stock__gte', 0), ('total_stock__gte', django.db.models.expressions.CombinedExpression(models.F('available_stock'), '+', models.F('sold_stock')))), name='variant_stock_between_zero_and_total'),
+            model_name="variant",
+            constraint=models.CheckConstraint(
+                condition=models.Q(
+                    ("available_stock__gte", 0),
+                    ("sold_stock__gte", 0),
+                    (
+                        "total_stock__gte",
+                        django.db.models.expressions.CombinedExpression(
+                            models.F("available_stock"), "+", models.F("sold_stock")
+                        ),
+                    ),
+                ),
+                name="variant_stock_between_zero_and_total",
+            ),
         ),
         migrations.AddConstraint(
-            model_name='variant',
-            constraint=models.UniqueConstraint(fields=('drop', 'label'), name='variant_label_once_per_drop'),
+            model_name="variant",
+            constraint=models.UniqueConstraint(
+                fields=("drop", "label"), name="variant_label_once_per_drop"
+            ),
         ),
         migrations.AddConstraint(
-            model_name='stockadjustment',
-            constraint=models.CheckConstraint(condition=models.Q(('delta', 0), _negated=True), name='adjustment_changes_something'),
+            model_name="stockadjustment",
+            constraint=models.CheckConstraint(
+                condition=models.Q(("delta", 0), _negated=True), name="adjustment_changes_something"
+            ),
         ),
     ]

@@ -7,34 +7,91 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('drops', '0001_initial'),
-        ('reservations', '0001_initial'),
+        ("drops", "0001_initial"),
+        ("reservations", "0001_initial"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Purchase',
+            name="Purchase",
             fields=[
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('quantity', models.PositiveIntegerField()),
-                ('amount', models.DecimalField(decimal_places=3, max_digits=15)),
-                ('currency', models.CharField(max_length=3)),
-                ('status', models.CharField(choices=[('paid', 'Paid'), ('refunded', 'Refunded')], default='paid', max_length=8)),
-                ('created_at', models.DateTimeField()),
-                ('drop', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='purchases', to='drops.drop')),
-                ('reservation', models.OneToOneField(on_delete=django.db.models.deletion.PROTECT, related_name='purchase', to='reservations.reservation')),
-                ('user', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='purchases', to=settings.AUTH_USER_MODEL)),
-                ('variant', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='purchases', to='drops.variant')),
+                (
+                    "id",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, primary_key=True, serialize=False
+                    ),
+                ),
+                ("quantity", models.PositiveIntegerField()),
+                ("amount", models.DecimalField(decimal_places=3, max_digits=15)),
+                ("currency", models.CharField(max_length=3)),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[("paid", "Paid"), ("refunded", "Refunded")],
+                        default="paid",
+                        max_length=8,
+                    ),
+                ),
+                ("created_at", models.DateTimeField()),
+                (
+                    "drop",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="purchases",
+                        to="drops.drop",
+                    ),
+                ),
+                (
+                    "reservation",
+                    models.OneToOneField(
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="purchase",
+                        to="reservations.reservation",
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="purchases",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "variant",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="purchases",
+                        to="drops.variant",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-created_at', 'id'],
-                'indexes': [models.Index(fields=['user', '-created_at'], name='purchase_by_user'), models.Index(fields=['drop', '-created_at'], name='purchase_by_drop')],
-                'constraints': [models.CheckConstraint(condition=models.Q(('quantity__gt', 0)), name='purchase_quantity_is_positive'), models.CheckConstraint(condition=models.Q(('amount__gte', 0)), name='purchase_amount_not_negative'), models.CheckConstraint(condition=models.Q(('status__in', ['paid', 'refunded'])), name='purchase_status_is_known')],
+                "ordering": ["-created_at", "id"],
+                "indexes": [
+                    models.Index(fields=["user", "-created_at"], name="purchase_by_user"),
+                    models.Index(fields=["drop", "-created_at"], name="purchase_by_drop"),
+                ],
+                "constraints": [
+                    models.CheckConstraint(
+                        condition=models.Q(("quantity__gt", 0)),
+                        name="purchase_quantity_is_positive",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("amount__gte", 0)), name="purchase_amount_not_negative"
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("status__in", ["paid", "refunded"])),
+                        name="purchase_status_is_known",
+                    ),
+                ],
             },
         ),
     ]

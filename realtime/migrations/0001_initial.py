@@ -6,27 +6,72 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('drops', '0001_initial'),
+        ("drops", "0001_initial"),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Event',
+            name="Event",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('seq', models.PositiveBigIntegerField()),
-                ('type', models.CharField(choices=[('DROP_CREATED', 'Drop Created'), ('DROP_UPDATED', 'Drop Updated'), ('STOCK_UPDATED', 'Stock Updated'), ('RESERVATION_EXPIRED', 'Reservation Expired'), ('PURCHASE_COMPLETED', 'Purchase Completed'), ('ACTIVITY_UPDATED', 'Activity Updated')], max_length=20)),
-                ('data', models.JSONField(encoder=django.core.serializers.json.DjangoJSONEncoder)),
-                ('created_at', models.DateTimeField()),
-                ('drop', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='events', to='drops.drop')),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
+                    ),
+                ),
+                ("seq", models.PositiveBigIntegerField()),
+                (
+                    "type",
+                    models.CharField(
+                        choices=[
+                            ("DROP_CREATED", "Drop Created"),
+                            ("DROP_UPDATED", "Drop Updated"),
+                            ("STOCK_UPDATED", "Stock Updated"),
+                            ("RESERVATION_EXPIRED", "Reservation Expired"),
+                            ("PURCHASE_COMPLETED", "Purchase Completed"),
+                            ("ACTIVITY_UPDATED", "Activity Updated"),
+                        ],
+                        max_length=20,
+                    ),
+                ),
+                ("data", models.JSONField(encoder=django.core.serializers.json.DjangoJSONEncoder)),
+                ("created_at", models.DateTimeField()),
+                (
+                    "drop",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="events",
+                        to="drops.drop",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['drop', 'seq'],
-                'constraints': [models.UniqueConstraint(fields=('drop', 'seq'), name='one_event_per_sequence_number'), models.CheckConstraint(condition=models.Q(('type__in', ['DROP_CREATED', 'DROP_UPDATED', 'STOCK_UPDATED', 'RESERVATION_EXPIRED', 'PURCHASE_COMPLETED', 'ACTIVITY_UPDATED'])), name='event_type_is_known')],
+                "ordering": ["drop", "seq"],
+                "constraints": [
+                    models.UniqueConstraint(
+                        fields=("drop", "seq"), name="one_event_per_sequence_number"
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            (
+                                "type__in",
+                                [
+                                    "DROP_CREATED",
+                                    "DROP_UPDATED",
+                                    "STOCK_UPDATED",
+                                    "RESERVATION_EXPIRED",
+                                    "PURCHASE_COMPLETED",
+                                    "ACTIVITY_UPDATED",
+                                ],
+                            )
+                        ),
+                        name="event_type_is_known",
+                    ),
+                ],
             },
         ),
     ]

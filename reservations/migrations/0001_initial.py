@@ -7,33 +7,105 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
     dependencies = [
-        ('drops', '0001_initial'),
+        ("drops", "0001_initial"),
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
     operations = [
         migrations.CreateModel(
-            name='Reservation',
+            name="Reservation",
             fields=[
-                ('id', models.UUIDField(default=uuid.uuid4, editable=False, primary_key=True, serialize=False)),
-                ('quantity', models.PositiveIntegerField()),
-                ('unit_price', models.DecimalField(decimal_places=3, max_digits=12)),
-                ('currency', models.CharField(max_length=3)),
-                ('status', models.CharField(choices=[('ACTIVE', 'Active'), ('CONSUMED', 'Purchased'), ('EXPIRED', 'Expired'), ('RELEASED', 'Released by the user'), ('VOIDED', 'Voided by staff')], default='ACTIVE', max_length=8)),
-                ('created_at', models.DateTimeField()),
-                ('expires_at', models.DateTimeField()),
-                ('drop', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='reservations', to='drops.drop')),
-                ('user', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='reservations', to=settings.AUTH_USER_MODEL)),
-                ('variant', models.ForeignKey(db_index=False, on_delete=django.db.models.deletion.PROTECT, related_name='reservations', to='drops.variant')),
+                (
+                    "id",
+                    models.UUIDField(
+                        default=uuid.uuid4, editable=False, primary_key=True, serialize=False
+                    ),
+                ),
+                ("quantity", models.PositiveIntegerField()),
+                ("unit_price", models.DecimalField(decimal_places=3, max_digits=12)),
+                ("currency", models.CharField(max_length=3)),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[
+                            ("ACTIVE", "Active"),
+                            ("CONSUMED", "Purchased"),
+                            ("EXPIRED", "Expired"),
+                            ("RELEASED", "Released by the user"),
+                            ("VOIDED", "Voided by staff"),
+                        ],
+                        default="ACTIVE",
+                        max_length=8,
+                    ),
+                ),
+                ("created_at", models.DateTimeField()),
+                ("expires_at", models.DateTimeField()),
+                (
+                    "drop",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="reservations",
+                        to="drops.drop",
+                    ),
+                ),
+                (
+                    "user",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="reservations",
+                        to=settings.AUTH_USER_MODEL,
+                    ),
+                ),
+                (
+                    "variant",
+                    models.ForeignKey(
+                        db_index=False,
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="reservations",
+                        to="drops.variant",
+                    ),
+                ),
             ],
             options={
-                'ordering': ['-created_at', 'id'],
-                'indexes': [models.Index(fields=['user', 'drop'], name='reservation_by_user_and_drop'), models.Index(condition=models.Q(('status', 'ACTIVE')), fields=['drop', 'expires_at'], name='active_reservation_by_deadline')],
-                'constraints': [models.UniqueConstraint(condition=models.Q(('status', 'ACTIVE')), fields=('user', 'drop'), name='one_active_reservation_per_user_and_drop'), models.CheckConstraint(condition=models.Q(('quantity__gt', 0)), name='reservation_quantity_is_positive'), models.CheckConstraint(condition=models.Q(('unit_price__gte', 0)), name='reservation_price_not_negative'), models.CheckConstraint(condition=models.Q(('status__in', ['ACTIVE', 'CONSUMED', 'EXPIRED', 'RELEASED', 'VOIDED'])), name='reservation_status_is_known'), models.CheckConstraint(condition=models.Q(('expires_at__gt', models.F('created_at'))), name='reservation_expires_after_it_was_made')],
+                "ordering": ["-created_at", "id"],
+                "indexes": [
+                    models.Index(fields=["user", "drop"], name="reservation_by_user_and_drop"),
+                    models.Index(
+                        condition=models.Q(("status", "ACTIVE")),
+                        fields=["drop", "expires_at"],
+                        name="active_reservation_by_deadline",
+                    ),
+                ],
+                "constraints": [
+                    models.UniqueConstraint(
+                        condition=models.Q(("status", "ACTIVE")),
+                        fields=("user", "drop"),
+                        name="one_active_reservation_per_user_and_drop",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("quantity__gt", 0)),
+                        name="reservation_quantity_is_positive",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("unit_price__gte", 0)),
+                        name="reservation_price_not_negative",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(
+                            ("status__in", ["ACTIVE", "CONSUMED", "EXPIRED", "RELEASED", "VOIDED"])
+                        ),
+                        name="reservation_status_is_known",
+                    ),
+                    models.CheckConstraint(
+                        condition=models.Q(("expires_at__gt", models.F("created_at"))),
+                        name="reservation_expires_after_it_was_made",
+                    ),
+                ],
             },
         ),
     ]

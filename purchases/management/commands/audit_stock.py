@@ -1,0 +1,50 @@
+import json
+import sys
+import uuid
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from rich.console import Console
+from rich.table import Table
+
+from purchases.audit import Audit, audit_stock
+
+
+class Command(BaseCommand):
+    help = (
+        "Recompute every stock from its reservations and purchases. "
+        "Exits with 1, and a table, when anything differs."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--drop", type=uuid.UUID, metavar="ID", help="only this drop")
+        parser.add_argument("--json", action="store_true", help="for programs")
+
+    def handle(self, *, drop: uuid.UUID | None, **options: Any) -> None:
+        audit = audit_stock(drop)
+        if drop is not None and not audit.drops:
+            raise CommandError(f"There is no drop {drop}.")
+        if options["json"]:
+            self.stdout.write(
+                json.dumps(
+                    {
+                        "drops": audit.drops,
+                        "differences": [d.as_json() for d in audit.differences],
+                    },
+                    indent=2,
+                )
+            )
+        elif audit.differences:
+            self.print_table(audit)
+        else:
+            self.stdout.write(f"{audit.drops} drops audited: every unit is accounted for.")
+        if audit.differences:
+            sys.exit(1)
+
+    def print_table(self, audit: Audit) -> None:
+        table = Table(title=f"{len(audit.differences)} differences in {audit.drops} drops")
+        for column in ("Rule", "Drop", "What", "Expected", "Found"):
+            table.add_column(column, overflow="fold")
+        for d in audit.differences:
+            table.add_row(d.check, str(d.drop_id), d.subject, d.expected, d.found)
+        Console(file=self.stdout).print(table)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+import logging
+from typing import Any
+
+import psycopg_pool
+from django.conf import settings
+from django.core.management.base import BaseCommand, CommandParser
+from django.db import InterfaceError, OperationalError, close_old_connections
+
+from config.stopping import StopRequest
+from reservations.services import (
+    MAX_EXPIRED_PER_TRANSACTION,
+    expire_all_due,
+    expire_due,
+    seconds_until_next_deadline,
+)
+
+logger = logging.getLogger(__name__)
+
+# Holds that end one after the other in a rush go back together instead of one by one:
+# each sweep locks the drop that buyers want.
+SHORTEST_PAUSE_SECONDS = 0.05
+PAUSE_WITHOUT_DATABASE_SECONDS = 0.5
+
+
+class Command(BaseCommand):
+    help = "Return overdue units to stock until stopped. Any number of copies may run."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--once", action="store_true", help="expire what is due now, and end")
+        parser.add_argument(
+            "--batch",
+            type=int,
+            default=MAX_EXPIRED_PER_TRANSACTION,
+            metavar="N",
+            help="holds per transaction and drop (default: %(default)s)",
+        )
+
+    def handle(self, *, once: bool, batch: int, **options: Any) -> None:
+        if once:
+            count = sum(len(holds.reservation_ids) for holds in expire_all_due(batch))
+            self.stdout.write(f"{count} reservations expired.")
+            return
+        logger.info("expiring reservations; stop with Ctrl-C")
+        with StopRequest() as stop:
+            while not stop.is_set:
+                stop.wait(self.step(batch))
+        logger.info("stopped")
+
+    def step(self, batch: int) -> float:
+        """Expire one batch per drop; return how many seconds nothing more is due."""
+        # Gives the connection back to the pool, which replaces it where it died.
+        close_old_connections()
+        try:
+            swept = expire_due(batch)
+            if any(len(holds.reservation_ids) >= batch for holds in swept):
+                return 0
+            next_deadline = seconds_until_next_deadline()
+        except (OperationalError, InterfaceError, psycopg_pool.PoolTimeout) as exc:
+            logger.warning("the database can't be reached, trying again: %s", exc)
+            return PAUSE_WITHOUT_DATABASE_SECONDS
+        for holds in swept:
+            logger.info("drop %s: %d holds expired", holds.drop_id, len(holds.reservation_ids))
+        longest = settings.EXPIRY_POLL_MS / 1000
+        if next_deadline is None:
+            return longest
+        return max(SHORTEST_PAUSE_SECONDS, min(next_deadline, longest))
