@@ -9,12 +9,34 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 django_application = get_asgi_application()
 
 # These import models, so they come after the set-up above.
+from django.conf import settings  # noqa: E402
+
 from config.body_limit import BodyLimit  # noqa: E402
+from config.hot_routes import HotRoutes  # noqa: E402
+from drops.asgi import DropReads  # noqa: E402
+from drops.group_commit import GroupCommit  # noqa: E402
+from purchases.asgi import PurchaseEndpoint  # noqa: E402
+from realtime.hub import get_hub  # noqa: E402
 from realtime.routing import websocket_urlpatterns  # noqa: E402
+from reservations.asgi import ReserveEndpoint  # noqa: E402
+
+
+def http_application() -> BodyLimit:
+    if not settings.HOT_ROUTES:
+        return BodyLimit(django_application)
+    # Both kinds of claim share the queues: per drop one transaction at a time.
+    group = GroupCommit()
+    routes = [
+        ReserveEndpoint(group).route(),
+        PurchaseEndpoint(group).route(),
+        *DropReads().routes(),
+    ]
+    # What these routes remember must hear of other processes' changes, sockets or not.
+    return BodyLimit(
+        HotRoutes(routes, django_application, on_first_request=lambda: get_hub().start_soon())
+    )
+
 
 application = ProtocolTypeRouter(
-    {
-        "http": BodyLimit(django_application),
-        "websocket": URLRouter(websocket_urlpatterns),
-    }
+    {"http": http_application(), "websocket": URLRouter(websocket_urlpatterns)}
 )

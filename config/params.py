@@ -42,12 +42,16 @@ def read_query(request: Request, name: str, field: serializers.Field, default: A
 
 
 def path_id(value: str) -> uuid.UUID:
-    """Return a path's id; what is no UUID can't name anything.
+    """Return a path's id; what is no UUID in the usual form can't name anything.
 
     Raises:
-        NotFound: ``value`` is no UUID.
+        NotFound: ``value`` is no such UUID.
     """
     try:
-        return serializers.UUIDField().run_validation(value)
-    except ValidationError:
+        parsed = uuid.UUID(value)
+    except ValueError:
         raise NotFound from None
+    # uuid.UUID also takes braces and any number of hyphens: endless addresses for one thing.
+    if str(parsed) != value.lower():
+        raise NotFound
+    return parsed

@@ -12,7 +12,7 @@ from django.http import Http404, HttpRequest, JsonResponse
 from psycopg import errors as postgres
 from rest_framework import exceptions
 from rest_framework.exceptions import APIException
-from rest_framework.response import Response
+from rest_framework.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +81,10 @@ class InternalError(Refusal):
     default_detail = "Something went wrong on our side. It has been logged."
 
 
-def exception_handler(exc: Exception, context: dict[str, Any]) -> Response:
+def exception_handler(exc: Exception, context: dict[str, Any]) -> JsonResponse:
     """Render any exception of a DRF view; the name is set in ``settings.REST_FRAMEWORK``."""
-    error = to_api_exception(exc)
-    request = context.get("request")
-    document = problem(error, getattr(request, "request_id", ""))
-    return Response(
-        document, status=document["status"], headers=headers(error), content_type=CONTENT_TYPE
-    )
+    # Not by the view's own renderer: those of the schema and its viewers make YAML and HTML.
+    return problem_response(context["request"], to_api_exception(exc))
 
 
 def to_api_exception(exc: Exception) -> APIException:
@@ -146,14 +142,24 @@ def field_errors(detail: Any, path: str = "") -> Iterator[dict[str, str]]:
     """Flatten DRF's nested details, so that ``variants[0].label`` is one ``field``."""
     if isinstance(detail, dict):
         for name, inner in detail.items():
-            is_own = name == "non_field_errors"
-            yield from field_errors(inner, path if is_own else f"{path}.{name}".lstrip("."))
+            if name == "non_field_errors":
+                inner_path = path
+            elif isinstance(name, int):
+                inner_path = f"{path}[{name}]"
+            else:
+                inner_path = f"{path}.{name}".lstrip(".")
+            yield from field_errors(inner, inner_path)
     elif isinstance(detail, list):
         for index, inner in enumerate(detail):
             is_leaf = isinstance(inner, exceptions.ErrorDetail)
             yield from field_errors(inner, path if is_leaf else f"{path}[{index}]")
     else:
-        yield {"field": path, "code": detail.code, "detail": str(detail)}
+        # Both may quote the client, and a lone surrogate fits into no UTF-8 answer.
+        yield {"field": encodable(path), "code": detail.code, "detail": encodable(str(detail))}
+
+
+def encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def headers(error: APIException) -> dict[str, str]:
@@ -162,8 +168,8 @@ def headers(error: APIException) -> dict[str, str]:
     return {"Retry-After": str(int(seconds))} if seconds else {}
 
 
-def problem_response(request: HttpRequest, error: APIException) -> JsonResponse:
-    """Render ``error`` outside DRF."""
+def problem_response(request: HttpRequest | Request, error: APIException) -> JsonResponse:
+    """Render ``error`` as every part of the application answers it."""
     document = problem(error, getattr(request, "request_id", ""))
     return JsonResponse(
         document, status=document["status"], headers=headers(error), content_type=CONTENT_TYPE

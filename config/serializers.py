@@ -13,6 +13,7 @@ INVISIBLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 EARLIEST, LATEST = datetime(2000, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 LARGEST_INTEGER = 2**31 - 1
 
 
@@ -59,12 +60,13 @@ class StrictIntegerField(serializers.IntegerField):
 
 
 class StrictDecimalField(serializers.DecimalField):
-    """An amount from a JSON number or string; true and false are neither."""
+    """An amount from a JSON number, or a string written like one."""
 
     def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, bool):
+        # Decimal also takes underscores and the digits of every script.
+        if isinstance(data, bool) or (isinstance(data, str) and not NUMBER.fullmatch(data)):
             self.fail("invalid")
-        return super().to_internal_value(data)
+        return super().to_internal_value(data) + 0  # turns -0 into 0
 
 
 class InstantField(serializers.DateTimeField):

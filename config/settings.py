@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import environ
 
@@ -81,6 +82,8 @@ TEMPLATES = [
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
 IDEMPOTENCY_KEY_HOURS = 24
+# Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
+HOT_ROUTES = env.boolean("HOT_ROUTES", True)
 
 # --- PostgreSQL and Redis ---------------------------------------------------------------
 
@@ -99,6 +102,8 @@ def database_settings() -> dict[str, Any]:
         return dict(EMBEDDED.database)
     env.required("DATABASE_URL", "when DEBUG is off, like postgres://user:password@host/name")
     settings = env.url("DATABASE_URL", {"postgres", "postgresql"}, environ.Env.db_url_config)
+    # libpq's spelling of a socket's folder: postgres://drops@%2Fvar%2Frun%2Fpostgresql/drops
+    settings["HOST"] = unquote(settings["HOST"])
     return {key: settings[key] for key in ("NAME", "USER", "PASSWORD", "HOST", "PORT")} | {
         "OPTIONS": settings.get("OPTIONS", {})
     }
@@ -126,6 +131,10 @@ DATABASES = {
                 "timeout": 3,
             },
             "connect_timeout": 3,
+            # Lets PostgreSQL keep the plans of the busy statements, and sends arrays as they
+            # are instead of writing them into the SQL text.
+            "server_side_binding": True,
+            "prepare_threshold": 5,
             "options": DATABASE_TIMEOUTS,
         }
         | _database.get("OPTIONS", {}),
@@ -223,6 +232,7 @@ CORS_EXPOSE_HEADERS = ("idempotent-replayed", "retry-after", "x-request-id")
 
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
+FIXTURE_DIRS = [BASE_DIR / "fixtures"]
 SERVESTATIC_AUTOREFRESH = DEBUG
 SERVESTATIC_USE_FINDERS = DEBUG
 

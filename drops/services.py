@@ -13,6 +13,7 @@ from django.db import connection, transaction
 from rest_framework.exceptions import ErrorDetail, ValidationError
 
 from config.database import read_clock
+from config.serializers import LARGEST_INTEGER
 from drops.currencies import DECIMALS
 from drops.exceptions import StockCommitted
 from drops.models import FOLLOWS_END, Drop, DropStatus, StockAdjustment, Variant
@@ -261,15 +262,21 @@ def adjust_stock(variant_id: uuid.UUID, delta: int, *, reason: str, user: User) 
     Raises:
         Variant.DoesNotExist: no such variant.
         StockCommitted: more would be withdrawn than is available.
+        ValidationError: nothing would change, or the drop's total would not be storable.
     """
     drop_id = Variant.objects.values_list("drop_id", flat=True).get(pk=variant_id)
     locked = lock_drop(drop_id)
     variant = locked.variants[variant_id]
     if variant.available_stock + delta < 0:
         raise StockCommitted(available_stock=variant.available_stock)
+    if not delta or locked.drop.total_stock + delta > LARGEST_INTEGER:
+        error = ErrorDetail(f"Must not be 0 or exceed {LARGEST_INTEGER} in all.", "invalid")
+        raise ValidationError({"delta": [error]})
     locked.move(variant, available=delta, total=delta)
     if locked.drop.status != DropStatus.DRAFT:
         locked.record_stock()
+        # The total is not among what STOCK_UPDATED tells.
+        locked.record_drop(EventType.DROP_UPDATED)
     adjustment = StockAdjustment.objects.create(
         variant=variant, delta=delta, reason=reason, created_by=user
     )

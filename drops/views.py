@@ -16,6 +16,7 @@ from rest_framework.viewsets import GenericViewSet
 from config.openapi import IDEMPOTENCY_KEY, IDEMPOTENT, IDENTIFIED, WITH_BODY, answers
 from config.params import path_id, read_query
 from drops import examples
+from drops.etags import is_match, weak_etag
 from drops.models import Drop, DropQuerySet, DropStatus
 from drops.permissions import IsCreatorOrStaff
 from drops.serializers import DropCreateSerializer, DropInputSerializer, DropSerializer
@@ -69,6 +70,20 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
             # Nobody has no drafts: the id is None then, and a drop always has a creator.
             return drops.filter(created_by_id=getattr(self.request.user, "pk", None))
         return drops
+
+    def finalize_response(
+        self, request: Request, response: Response, *args: Any, **kwargs: Any
+    ) -> Response:
+        """Add an ETag to what can be read, and answer 304 to who has it already."""
+        response = super().finalize_response(request, response, *args, **kwargs)
+        if self.action not in ("list", "retrieve") or not isinstance(response, Response):
+            return response
+        etag = weak_etag(response.data)
+        response["ETag"] = etag
+        if is_match(etag, request.headers.get("If-None-Match")):
+            response.status_code = 304
+            response.data = None
+        return response
 
     def get_object(self) -> Drop:
         self.kwargs["pk"] = path_id(self.kwargs["pk"])

@@ -17,15 +17,23 @@ class Purchase(models.Model):
     reservation = models.OneToOneField(
         "reservations.Reservation", models.PROTECT, related_name="purchase"
     )
-    drop = models.ForeignKey("drops.Drop", models.PROTECT, related_name="purchases", db_index=False)
+    # Without database constraints, as in Reservation.
+    drop = models.ForeignKey(
+        "drops.Drop", models.PROTECT, related_name="purchases", db_index=False, db_constraint=False
+    )
     variant = models.ForeignKey(
-        "drops.Variant", models.PROTECT, related_name="purchases", db_index=False
+        "drops.Variant",
+        models.PROTECT,
+        related_name="purchases",
+        db_index=False,
+        db_constraint=False,
     )
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL, models.PROTECT, related_name="purchases", db_index=False
     )
     quantity = models.PositiveIntegerField()
-    amount = models.DecimalField(max_digits=15, decimal_places=3)
+    # Room for the highest price of the most units: 9 digits times 10, and 3 decimals.
+    amount = models.DecimalField(max_digits=22, decimal_places=3)
     currency = models.CharField(max_length=3)
     status = models.CharField(
         max_length=8, choices=PurchaseStatus.choices, default=PurchaseStatus.PAID

@@ -21,6 +21,7 @@ from reservations.exceptions import (
 )
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import raise_refusal
+from users.exceptions import UnknownUser
 
 FEED_LENGTH = 3
 
@@ -59,6 +60,8 @@ def purchase_many(
         reservation = latest.get(user_id)
         if reservation is None:
             outcomes.append(ReservationRequired())
+        elif not reservation.user.is_active:
+            outcomes.append(UnknownUser())
         elif user_id in bought:
             outcomes.append(repeat(bought[user_id]))
         elif reservation.status == ReservationStatus.CONSUMED:
@@ -89,7 +92,12 @@ def latest_reservations(drop: Drop, user_ids: Sequence[uuid.UUID]) -> dict[uuid.
         .order_by("user_id", active_first, "-created_at")
         .distinct("user_id")
     )
-    return {row.user_id: row for row in rows}
+    latest = {row.user_id: row for row in rows}
+    # One moment for all of the batch: the rows' own would follow the order of their reading.
+    read_at = [row.read_at for row in latest.values()]
+    for row in latest.values():
+        row.read_at = max(read_at)
+    return latest
 
 
 def refusal_to_sell(drop: Drop, reservation: Reservation) -> APIException | None:

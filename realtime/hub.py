@@ -17,7 +17,7 @@ from django.db import DatabaseError
 
 from realtime import log
 from realtime.frames import event_frame, heartbeat_frame
-from realtime.publisher import GROUP
+from realtime.publisher import GROUP, tell_followers
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,19 @@ class Hub:
         except DatabaseError:
             self._started = None
             raise
+
+    def start_soon(self) -> None:
+        """Begin to follow the log in the background, as soon as the database allows."""
+        if self._started is None:
+            asyncio.create_task(self._start_until_it_works())
+
+    async def _start_until_it_works(self) -> None:
+        while True:
+            try:
+                return await self.start()
+            except DatabaseError as exc:
+                logger.warning("the event log can't be read: %s", exc)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _start(self) -> None:
         self._seqs = await database_sync_to_async(log.current_seqs)()
@@ -160,6 +173,7 @@ class Hub:
             if seq != prev + 1:
                 continue
             self._seqs[drop_id] = seq
+            tell_followers(drop_id, [(seq, event_type, data)])
             sockets = self._watching_all | self._watching.get(drop_id, set())
             if sockets:
                 frame = event_frame(drop_id, seq, prev, event_type, at, data)

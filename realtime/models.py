@@ -18,7 +18,10 @@ class Event(models.Model):
     the order of the commits. A database sequence would promise neither.
     """
 
-    drop = models.ForeignKey("drops.Drop", models.PROTECT, related_name="events", db_index=False)
+    # Without a database constraint, as in Reservation.
+    drop = models.ForeignKey(
+        "drops.Drop", models.PROTECT, related_name="events", db_index=False, db_constraint=False
+    )
     seq = models.PositiveBigIntegerField()
     type = models.CharField(max_length=20, choices=EventType.choices)
     data = models.JSONField(encoder=DjangoJSONEncoder)

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from channels.layers import get_channel_layer
@@ -27,8 +28,10 @@ def publish(drop_id: uuid.UUID, events: list["Event"]) -> None:
     """Queue the news about a drop for all processes; returns at once and never fails.
 
     Call it after the commit. What gets lost here (Redis is away, the process dies) the
-    hubs find in the event log within a second.
+    hubs find in the event log within a second. Followers in this process are told first,
+    so that it never answers from a memory older than its own writes.
     """
+    tell_followers(str(drop_id), [(e.seq, e.type, e.data) for e in events])
     _publisher().put(
         {
             "type": "drop.events",
@@ -42,6 +45,27 @@ def publish(drop_id: uuid.UUID, events: list["Event"]) -> None:
             else [],
         }
     )
+
+
+# (seq, type, data)
+News = tuple[int, str, dict[str, Any]]
+Follower = Callable[[str, Sequence[News]], None]
+
+_followers: list[Follower] = []
+
+
+def follow(follower: Follower) -> None:
+    """Call ``follower(drop_id, events)`` for each change this process makes or hears of.
+
+    In any thread; it must be quick and must not fail. Without events it means: something
+    changed, look for yourself.
+    """
+    _followers.append(follower)
+
+
+def tell_followers(drop_id: str, events: Sequence[News]) -> None:
+    for follower in _followers:
+        follower(drop_id, events)
 
 
 class Publisher(threading.Thread):

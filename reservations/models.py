@@ -42,11 +42,22 @@ class Reservation(models.Model):
     """
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    # Without database constraints: each would lock and look up the hot row again per
+    # reservation. The service holds both rows locked, and a trigger keeps them from being
+    # deleted (docs/adr/0004).
     drop = models.ForeignKey(
-        "drops.Drop", models.PROTECT, related_name="reservations", db_index=False
+        "drops.Drop",
+        models.PROTECT,
+        related_name="reservations",
+        db_index=False,
+        db_constraint=False,
     )
     variant = models.ForeignKey(
-        "drops.Variant", models.PROTECT, related_name="reservations", db_index=False
+        "drops.Variant",
+        models.PROTECT,
+        related_name="reservations",
+        db_index=False,
+        db_constraint=False,
     )
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL, models.PROTECT, related_name="reservations", db_index=False

@@ -18,14 +18,41 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
-        try:
-            barrier.wait(timeout=10)
-            return call()
-        finally:
-            connection.close()
+        barrier.wait(timeout=10)
+        return _and_disconnect(call)
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
+
+
+@contextmanager
+def blocked(call: Callable[[], Any]) -> Iterator[None]:
+    """Run ``call`` in a thread; enter once it waits for a lock, leave once it has returned.
+
+    The body has to let go of what the call waits for.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(_and_disconnect, call)
+        with connection.cursor() as cursor:
+            while not _is_anybody_waiting(cursor):
+                assert not running.done(), "the call did not have to wait"
+        yield
+        running.result(timeout=10)
+
+
+def _and_disconnect(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    finally:
+        connection.close()
+
+
+def _is_anybody_waiting(cursor: CursorWrapper) -> bool:
+    cursor.execute(
+        "SELECT FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return cursor.rowcount > 0
 
 
 @contextmanager

@@ -2,27 +2,71 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 from django.conf import settings
 from django.db import OperationalError, connection, transaction
+from django.db.models import Q
 from django.http import HttpResponse
 from psycopg.errors import LockNotAvailable
+from rest_framework.exceptions import APIException
 from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from config.problems import Refusal
 from users.authentication import user_of
 from users.exceptions import (
     IdempotencyInProgress,
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
+    UnknownUser,
 )
 from users.models import IdempotencyKey
 
+ROUTE_LENGTH = 200
 PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An ``Idempotency-Key`` with the request that it came with."""
+
+    user_id: uuid.UUID
+    route: str
+    key: str
+    fingerprint: str
+
+    @property
+    def identity(self) -> tuple[uuid.UUID, str, str]:
+        """What may exist once; the fingerprint only says whether it is the same request."""
+        return self.user_id, self.route, self.key
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request is answered with, if it had an effect."""
+
+    status: int
+    body: str
+    is_replayed: bool = False
+
+
+def make_key(user_id: uuid.UUID, method: str, path: str, key: str, body: bytes) -> Key:
+    """Return the key of a request.
+
+    Raises:
+        InvalidIdempotencyKey: not 1 to 255 printable ASCII characters.
+    """
+    if not PRINTABLE_ASCII.fullmatch(key):
+        raise InvalidIdempotencyKey
+    # Addresses that can't exist, too long or with a NUL, must still fit into the column.
+    route = f"{method} {path.rstrip('/')}".replace("\0", "")[:ROUTE_LENGTH]
+    return Key(user_id, route, key, hashlib.sha256(body).hexdigest())
 
 
 def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
@@ -34,23 +78,21 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
 
     @wraps(action)
     def wrapper(view: Any, request: Request, *args: Any, **kwargs: Any) -> HttpResponse:
-        key = request.headers.get("Idempotency-Key")
-        if key is None or request.user is None:
+        given = request.headers.get("Idempotency-Key")
+        if given is None or request.user is None:
             return action(view, request, *args, **kwargs)
-        if not PRINTABLE_ASCII.fullmatch(key):
-            raise InvalidIdempotencyKey
-        row = IdempotencyKey(
-            user=user_of(request),
-            route=f"{request.method} {request.path.rstrip('/')}",
-            key=key,
-            fingerprint=hashlib.sha256(request._request.body).hexdigest(),
+        key = make_key(
+            user_of(request).pk, str(request.method), request.path, given, request._request.body
         )
         with transaction.atomic():
-            answer = claim_key(row)
+            answer = claim_keys([key])[0]
             if answer is None:
                 response = action(view, request, *args, **kwargs)
-                store_answer(row, response)
+                body = JSONRenderer().render(response.data).decode()
+                store_answers([(key, Answer(response.status_code, body))])
                 return response
+        if isinstance(answer, Exception):
+            raise answer
         return HttpResponse(
             answer.body,
             status=answer.status,
@@ -61,53 +103,129 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
     return wrapper
 
 
-def claim_key(row: IdempotencyKey) -> IdempotencyKey | None:
-    """Take the key for this transaction, or return the row with the first answer.
+@transaction.atomic
+def answer_once(
+    keys: Sequence[Key | None], settle: Callable[[list[int]], list[Answer | APIException]]
+) -> list[Answer | APIException]:
+    """Settle several requests in one transaction, each at most once for its key.
 
-    Waits while another transaction holds the same key: it then replays that one's
-    answer, or takes over if that one failed.
+    Args:
+        keys: one per request, None for a request without; no key twice.
+        settle: answers the requests with these indexes, in this order.
+    Returns:
+        One answer or refusal per request.
+    """
+    answers: dict[int, Answer | APIException] = {}
+    keyed = {index: key for index, key in enumerate(keys) if key is not None}
+    if keyed:
+        found = zip(keyed, claim_keys(list(keyed.values())), strict=True)
+        answers = {index: answer for index, answer in found if answer is not None}
+    new = [index for index in range(len(keys)) if index not in answers]
+    settled = dict(zip(new, settle(new), strict=True))
+    fresh = [(key, settled[index]) for index, key in keyed.items() if index in settled]
+    store_answers([(key, answer) for key, answer in fresh if isinstance(answer, Answer)])
+    give_back_keys([key for key, answer in fresh if not isinstance(answer, Answer)])
+    answers |= settled
+    return [answers[index] for index in range(len(keys))]
 
+
+def claim_keys(keys: Sequence[Key]) -> list[Answer | Refusal | None]:
+    """Take ``keys``, all different, for this transaction; to be called before any other lock.
+
+    Waits while another transaction holds one of them: it then finds that one's answer, or
+    takes over if that one failed.
+
+    Returns:
+        Per key: None where it is taken now, else the first request's answer, or a
+        refusal: that request had another body, or there is no such user.
     Raises:
-        IdempotencyInProgress: the other one did not end within the lock timeout.
-        IdempotencyKeyReused: the first request had another body.
+        IdempotencyInProgress: another transaction did not end within the lock timeout.
     """
     try:
         with connection.cursor() as cursor:
             cursor.execute(
-                # A key past its day counts as new; anything younger is left as it is.
+                # Everybody takes several keys in the same order, so nobody waits in a circle.
+                # A key past its day counts as new; anything younger is left as it is. Users
+                # who don't exist get no key, instead of failing the others' statement.
                 """
                 INSERT INTO users_idempotencykey AS known
                     (user_id, route, key, fingerprint, body, created_at)
-                VALUES (%s, %s, %s, %s, '', now())
+                SELECT given.user_id, route, key, fingerprint, '', now()
+                FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[])
+                    AS given(user_id, route, key, fingerprint)
+                JOIN users_user ON users_user.id = given.user_id AND users_user.is_active
+                ORDER BY 1, 2, 3
                 ON CONFLICT (user_id, route, key) DO UPDATE
                 SET fingerprint = excluded.fingerprint, status = NULL, body = '',
                     created_at = excluded.created_at
                 WHERE known.created_at < now() - make_interval(hours => %s)
-                RETURNING id
+                RETURNING user_id, route, key
                 """,
                 [
-                    row.user_id,
-                    row.route,
-                    row.key,
-                    row.fingerprint,
+                    [key.user_id for key in keys],
+                    [key.route for key in keys],
+                    [key.key for key in keys],
+                    [key.fingerprint for key in keys],
                     settings.IDEMPOTENCY_KEY_HOURS,
                 ],
             )
-            taken = cursor.fetchone()
+            taken = set(cursor.fetchall())
     except OperationalError as exc:
         if isinstance(exc.__cause__, LockNotAvailable):
             raise IdempotencyInProgress from exc
         raise
-    if taken:
-        row.pk = taken[0]
-        return None
-    first = IdempotencyKey.objects.get(user=row.user_id, route=row.route, key=row.key)
-    if first.fingerprint != row.fingerprint:
-        raise IdempotencyKeyReused
-    return first
+    known = {} if len(taken) == len(keys) else _read_answers(keys)
+    return [
+        None if key.identity in taken else _first_answer(known.get(key.identity), key)
+        for key in keys
+    ]
 
 
-def store_answer(row: IdempotencyKey, response: Response) -> None:
-    """Keep the answer beside its effect, in the same transaction."""
-    body = JSONRenderer().render(response.data).decode()
-    IdempotencyKey.objects.filter(pk=row.pk).update(status=response.status_code, body=body)
+def store_answers(answers: Sequence[tuple[Key, Answer]]) -> None:
+    """Keep each answer beside its effect, in the same transaction."""
+    if not answers:
+        return
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            UPDATE users_idempotencykey AS known
+            SET status = given.status, body = given.body
+            FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::int[], %s::text[])
+                AS given(user_id, route, key, status, body)
+            WHERE (known.user_id, known.route, known.key)
+                  = (given.user_id, given.route, given.key)
+            """,
+            [
+                [key.user_id for key, _ in answers],
+                [key.route for key, _ in answers],
+                [key.key for key, _ in answers],
+                [answer.status for _, answer in answers],
+                [answer.body for _, answer in answers],
+            ],
+        )
+
+
+def give_back_keys(keys: Sequence[Key]) -> None:
+    """Forget keys that this transaction took for requests without an effect."""
+    if keys:
+        IdempotencyKey.objects.filter(_are(keys)).delete()
+
+
+def _read_answers(keys: Sequence[Key]) -> dict[tuple[uuid.UUID, str, str], IdempotencyKey]:
+    rows = IdempotencyKey.objects.filter(_are(keys))
+    return {(row.user_id, row.route, row.key): row for row in rows}
+
+
+def _are(keys: Sequence[Key]) -> Q:
+    condition = Q()
+    for key in keys:
+        condition |= Q(user_id=key.user_id, route=key.route, key=key.key)
+    return condition
+
+
+def _first_answer(first: IdempotencyKey | None, key: Key) -> Answer | Refusal:
+    if first is None:
+        return UnknownUser()
+    if first.fingerprint != key.fingerprint:
+        return IdempotencyKeyReused()
+    return Answer(first.status or 0, first.body, is_replayed=True)

@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from django.conf import settings
@@ -65,20 +66,38 @@ def get_user(identity: Identity) -> User:
     """
     user = User.objects.filter(pk=identity.user_id).first()
     if user is None and settings.CREATE_UNKNOWN_USERS:
-        user = create_user(identity)
+        create_users([identity])
+        user = User.objects.filter(pk=identity.user_id).first()
     if user is None or not user.is_active:
         raise UnknownUser
     return user
 
 
-def create_user(identity: Identity) -> User:
-    wanted = identity.name or f"user_{identity.user_id.hex[:12]}"
-    for username in (wanted, f"{wanted}_{identity.user_id.hex[-6:]}", identity.user_id.hex):
+def create_users(identities: Iterable[Identity]) -> None:
+    """Make users of those ``identities`` that are none yet; a taken name gets a suffix."""
+    missing = {identity.user_id: identity for identity in identities}
+    for name_of in NAME_ATTEMPTS:
+        for pk in User.objects.filter(pk__in=missing).values_list("pk", flat=True):
+            del missing[pk]
+        if not missing:
+            return
         # Skips a taken name and a twin request's row alike, without failing the transaction.
         User.objects.bulk_create(
-            [User(pk=identity.user_id, username=username, password="")], ignore_conflicts=True
+            [
+                User(pk=pk, username=name_of(identity), password="")
+                for pk, identity in missing.items()
+            ],
+            ignore_conflicts=True,
         )
-        user = User.objects.filter(pk=identity.user_id).first()
-        if user is not None:
-            return user
-    raise UnknownUser
+
+
+def wanted_name(identity: Identity) -> str:
+    return identity.name or f"user_{identity.user_id.hex[:12]}"
+
+
+# The second is free as a rule, the third always: it is the id.
+NAME_ATTEMPTS: tuple[Callable[[Identity], str], ...] = (
+    wanted_name,
+    lambda identity: f"{wanted_name(identity)}_{identity.user_id.hex[-6:]}",
+    lambda identity: identity.user_id.hex,
+)

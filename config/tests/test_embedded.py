@@ -27,6 +27,19 @@ with EmbeddedServers(sys.argv[1], sys.argv[2]) as servers:
     print(servers.postgres_pid, servers.valkey_pid, flush=True)
     sys.stdin.read()
 """
+KILLED_AT_LAUNCH = """
+import os, signal, subprocess, sys
+from config import embedded
+
+def popen(command, **options):
+    process = real_popen(command, **options)
+    if command[0].name == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return process
+
+real_popen, subprocess.Popen = subprocess.Popen, popen
+embedded.EmbeddedServers(sys.argv[1]).start()
+"""
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 NewCheckout = Callable[..., Path]
@@ -80,16 +93,20 @@ def clear(checkout: Path) -> None:
     shutil.rmtree(servers.data_dir.parent, ignore_errors=True)
 
 
-def hold(checkout: Path, instance: str = "dev") -> subprocess.Popen[str]:
-    """Start a command that uses the servers until its standard input is closed."""
+def run_python(script: str, *arguments: Path | str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, checkout, instance],
+        [sys.executable, "-c", script, *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+def hold(checkout: Path, instance: str = "dev") -> subprocess.Popen[str]:
+    """Start a command that uses the servers until its standard input is closed."""
+    return run_python(HOLDER, checkout, instance)
 
 
 def pids_of(holder: subprocess.Popen[str]) -> tuple[int, ...]:
@@ -202,6 +219,18 @@ def test_next_start_joins_the_orphans_of_a_killed_command_and_ends_them(checkout
     with EmbeddedServers(checkout) as servers:
         assert pids(servers) == orphans
         assert versions(servers) == (18, "9")
+    assert running(checkout) == []
+
+
+@pytest.mark.parametrize("program", ["postgres", "valkey-server"])
+def test_start_joins_a_server_whose_command_was_killed_in_its_first_moment(checkout, program):
+    command = run_python(KILLED_AT_LAUNCH, checkout, program)
+    command.communicate()
+    assert command.returncode == -signal.SIGKILL
+
+    with EmbeddedServers(checkout) as servers:
+        assert versions(servers) == (18, "9")
+        assert running(checkout) == ["postgres -D", "valkey-server --dir"]
     assert running(checkout) == []
 
 

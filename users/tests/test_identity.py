@@ -26,7 +26,7 @@ INVALID_IDS = {
     "nil": "00000000-0000-0000-0000-000000000000",
     "sent twice": f"{SOMEBODY}, {SOMEBODY}",
     "sent twice without a space": f"{SOMEBODY},{SOMEBODY}",
-    "with a second line": f"{SOMEBODY}\n",
+    "with a second line": f"{SOMEBODY}\n{SOMEBODY}",
     "with a NUL": f"{SOMEBODY}\x00",
     "wide digits": SOMEBODY.replace("1", "\uff11"),
     "arabic digits": SOMEBODY.replace("1", "\u0661"),
@@ -37,10 +37,6 @@ INVALID_IDS = {
 
 @pytest.mark.parametrize("value", INVALID_IDS.values(), ids=INVALID_IDS.keys())
 def test_refuses_what_is_not_one_usual_uuid(value):
-    # A line break never gets through a server, but the rule must not depend on that.
-    if value.endswith("\n"):
-        assert read_identity(value, None).user_id == uuid.UUID(SOMEBODY)
-        return
     with pytest.raises(InvalidIdentity):
         read_identity(value, None)
 
@@ -86,7 +82,7 @@ def test_makes_a_user_of_an_unknown_uuid(client_of, db):
     assert response.json() == {"id": SOMEBODY, "username": "user_1b4e28ba2fa1"}
     user = User.objects.get()
     assert user.pk == uuid.UUID(SOMEBODY)
-    assert not user.has_usable_password() or not user.check_password("")
+    assert not user.check_password("")
     assert not user.is_staff
 
 
@@ -155,7 +151,6 @@ def test_asks_for_an_identity_where_one_is_needed(client_of, db):
     response = client_of().get("/api/me")
 
     assert (response.status_code, response.json()["code"]) == (401, "identity_required")
-    assert response["WWW-Authenticate"] == "X-User-Id"
 
 
 @pytest.mark.parametrize("path", ["/api/drops", "/api/me", "/api/reservations", "/api/schema"])

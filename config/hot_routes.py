@@ -1,0 +1,278 @@
+"""The busiest calls as plain ASGI, in front of Django's handler.
+
+Django's ASGI handler starts threads for each request; these endpoints don't. They serve
+only the plain, well-formed case. Whatever is unusual about a request (no identity, an odd
+header, a body that isn't quite right) falls through to the viewsets, which are the
+reference for every answer; one test suite compares the two.
+"""
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import orjson
+from django.conf import settings
+from django.core.exceptions import DisallowedHost
+from django.http import HttpRequest
+from rest_framework.exceptions import APIException
+
+from config.body_limit import Application, Receive, Scope, Send, replay
+from config.middleware import request_id
+from config.problems import CONTENT_TYPE, problem, to_api_exception
+from config.problems import headers as problem_headers
+
+# Headers that may stand only once; a repeated one is for the viewsets to judge.
+READ_HEADERS = {
+    b"host",
+    b"x-user-id",
+    b"x-user-name",
+    b"x-request-id",
+    b"idempotency-key",
+    b"content-type",
+    b"accept",
+    b"origin",
+    b"if-none-match",
+}
+
+
+class FallThrough(Exception):
+    """This request is for the viewset."""
+
+
+@dataclass(slots=True)
+class HotRequest:
+    """A request as far as the hot endpoints look at it."""
+
+    scope: Scope
+    method: str
+    path: str
+    query: bytes
+    scheme: str
+    headers: dict[bytes, str]
+    body: bytes
+    args: tuple[str, ...]
+    request_id: str = ""
+
+    def header(self, name: bytes) -> str | None:
+        return self.headers.get(name)
+
+
+@dataclass(slots=True)
+class HotAnswer:
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    content_type: bytes = b"application/json"
+
+
+Endpoint = Callable[[HotRequest], Awaitable[HotAnswer]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """``methods`` is what the viewset behind the same address allows, for the Allow header."""
+
+    method: str
+    pattern: re.Pattern[str]
+    endpoint: Endpoint
+    methods: str
+
+
+@dataclass
+class HotRoutes:
+    """Serve ``routes``; hand everything else, and what an endpoint passes on, to Django."""
+
+    routes: list[Route]
+    django: Application
+    # Called with the first request, when there is an event loop.
+    on_first_request: Callable[[], None]
+    _has_started: bool = False
+    _common: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._has_started:
+            self._has_started = True
+            self.on_first_request()
+        route, args = self._match(scope)
+        if route is None:
+            return await self.django(scope, receive, send)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body = message.get("body", b"")
+        if message.get("more_body"):
+            return await self.django(scope, put_back(message, receive), send)
+        try:
+            request = read_request(scope, body, args)
+        except FallThrough:
+            return await self.django(scope, replay(body, receive), send)
+        try:
+            answer = await route.endpoint(request)
+        except FallThrough:
+            return await self.django(scope, replay(body, receive), send)
+        except Exception as exc:
+            answer = problem_answer(to_api_exception(exc), request.request_id)
+        await self._send(route, request, answer, send)
+
+    def _match(self, scope: Scope) -> tuple[Route | None, tuple[str, ...]]:
+        method, path = scope["method"], scope["path"]
+        if path.startswith("/api/drops"):
+            for route in self.routes:
+                if route.method == method and (match := route.pattern.fullmatch(path)):
+                    return route, match.groups()
+        return None, ()
+
+    async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [
+                    (b"content-type", answer.content_type),
+                    (b"content-length", str(len(answer.body)).encode()),
+                    (b"x-request-id", request.request_id.encode()),
+                    *self._common_headers(route.methods),
+                    *cors_headers(request.header(b"origin")),
+                    *answer.headers,
+                ],
+            }
+        )
+        await send({"type": "http.response.body", "body": answer.body})
+
+    def _common_headers(self, methods: str) -> list[tuple[bytes, bytes]]:
+        """Return what Django's middleware and DRF add to every answer of the viewset."""
+        if methods not in self._common:
+            self._common[methods] = [
+                (b"allow", methods.encode()),
+                (b"vary", b"origin"),
+                (b"x-content-type-options", b"nosniff"),
+                (b"referrer-policy", settings.SECURE_REFERRER_POLICY.encode()),
+                (b"cross-origin-opener-policy", b"same-origin"),
+                (b"x-frame-options", settings.X_FRAME_OPTIONS.encode()),
+            ]
+        return self._common[methods]
+
+
+def read_request(scope: Scope, body: bytes, args: tuple[str, ...]) -> HotRequest:
+    """Return the request, if it is a plain one.
+
+    Raises:
+        FallThrough: a header is repeated, or what it says needs a closer look.
+    """
+    found: dict[bytes, str] = {}
+    for name, value in scope["headers"]:
+        if name in READ_HEADERS:
+            if name in found:
+                raise FallThrough
+            found[name] = value.decode("latin-1")
+    if not host_is_allowed(found.get(b"host", "")):
+        raise FallThrough
+    accept = found.get(b"accept")
+    if accept is not None and "*/*" not in accept and "application/json" not in accept:
+        raise FallThrough
+    if body and found.get(b"content-type", "").split(";")[0].strip() != "application/json":
+        raise FallThrough
+    return HotRequest(
+        scope=scope,
+        method=scope["method"],
+        path=scope["path"],
+        query=scope["query_string"],
+        scheme=scope.get("scheme", "http"),
+        headers=found,
+        body=body,
+        args=args,
+        request_id=request_id(found.get(b"x-request-id")),
+    )
+
+
+@lru_cache(1024)
+def host_is_allowed(host: str) -> bool:
+    """Say whether Django would answer to this Host header."""
+    try:
+        _RequestTo(host).get_host()
+    except DisallowedHost:
+        return False
+    return True
+
+
+class _RequestTo(HttpRequest):
+    """As much of a request as ``get_host`` looks at."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.META["HTTP_HOST"] = host
+
+
+def put_back(first: Mapping[str, Any], receive: Receive) -> Receive:
+    """Return a ``receive`` that hands out ``first`` again before the rest."""
+    waiting = [first]
+
+    async def receive_again() -> Mapping[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again
+
+
+def cors_headers(origin: str | None) -> list[tuple[bytes, bytes]]:
+    """Return what django-cors-headers adds for a request from ``origin``."""
+    if not origin:
+        return []
+    if settings.CORS_ALLOW_ALL_ORIGINS:
+        allowed = b"*"
+    elif origin in settings.CORS_ALLOWED_ORIGINS:
+        allowed = origin.encode("latin-1")
+    else:
+        return []
+    exposed = ", ".join(settings.CORS_EXPOSE_HEADERS).encode()
+    return [
+        (b"access-control-allow-origin", allowed),
+        (b"access-control-expose-headers", exposed),
+    ]
+
+
+def problem_answer(error: APIException, identifier: str) -> HotAnswer:
+    """Render ``error`` as the viewsets do."""
+    return HotAnswer(
+        int(error.status_code),
+        orjson.dumps(problem(error, identifier), default=str),
+        tuple(
+            (name.lower().encode(), value.encode())
+            for name, value in problem_headers(error).items()
+        ),
+        CONTENT_TYPE.encode(),
+    )
+
+
+def drop_id_of(request: HotRequest) -> uuid.UUID:
+    """Return the drop that the address names.
+
+    Raises:
+        FallThrough: it is no UUID in the usual form.
+    """
+    text = request.args[0]
+    if len(text) != 36:
+        raise FallThrough
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise FallThrough from None
+
+
+def json_object(request: HotRequest) -> dict[str, Any]:
+    """Return the body as a JSON object; an empty body is an empty one.
+
+    Raises:
+        FallThrough: it is something else.
+    """
+    if not request.body:
+        return {}
+    try:
+        body = orjson.loads(request.body)
+    except orjson.JSONDecodeError:
+        raise FallThrough from None
+    if not isinstance(body, dict):
+        raise FallThrough
+    return body

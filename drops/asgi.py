@@ -1,0 +1,259 @@
+"""``GET /api/drops`` and ``GET /api/drops/{id}`` on the hot path; see ``config.hot_routes``.
+
+The viewset makes each answer; this module remembers it and folds the drop's events into
+it, as a WebSocket client does, so that a read is never older than this process's own
+writes. After ``MAX_AGE_SECONDS`` the viewset is asked again: for windows that opened or
+closed by the mere passing of time, and for events that were lost.
+"""
+
+import asyncio
+import io
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import orjson
+from asgiref.sync import sync_to_async
+from django.core.handlers.asgi import ASGIRequest
+from django.db import connection
+
+from config.body_limit import Scope
+from config.hot_routes import FallThrough, HotAnswer, HotRequest, Route, drop_id_of
+from drops.etags import is_match, weak_etag
+from drops.views import DropViewSet
+from realtime.models import EventType
+from realtime.publisher import News, follow
+from users.identity import get_user, read_identity
+
+MAX_AGE_SECONDS = 1.0
+# Read again before that, in the background, so that no request has to wait for it.
+RENEW_AFTER_SECONDS = 0.6
+MAX_REMEMBERED = 500
+# How long a user, once found active, may read without being looked up again.
+USER_SECONDS = 10.0
+# Anything longer is not a question that many ask.
+MAX_QUERY_LENGTH = 100
+IDENTITY_HEADERS = {b"x-user-id", b"x-user-name", b"if-none-match"}
+
+PageKey = tuple[str, str, str, bytes]
+
+
+@dataclass
+class Page:
+    """One remembered answer: a list, or a single drop."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    drops: list[dict[str, Any]] = field(default_factory=list)
+    is_list: bool = True
+    read_at: float = float("-inf")
+    loading: asyncio.Task | None = None
+    # Events that came while the page was being read, to be folded into what was read.
+    meanwhile: list[tuple[str, Sequence[News]]] = field(default_factory=list)
+    body: bytes | None = None
+    etag: str = ""
+
+    def replace(self, data: dict[str, Any]) -> None:
+        self.is_list = "results" in data
+        self.data = data
+        self.drops = data["results"] if self.is_list else [data]
+        self.body = None
+        for drop_id, events in self.meanwhile:
+            self.fold(drop_id, events)
+        self.meanwhile = []
+
+    def fold(self, drop_id: str, events: Sequence[News]) -> None:
+        """Apply a drop's events; what can't be applied makes the page old instead."""
+        for index, drop in enumerate(self.drops):
+            if drop["id"] == drop_id:
+                for seq, event_type, data in events:
+                    if seq > drop["seq"]:
+                        if seq > drop["seq"] + 1:
+                            self.read_at = float("-inf")
+                        drop = folded(drop, seq, event_type, data)
+                self.drops[index] = drop
+                self.body = None
+                if not self.is_list:
+                    self.data = drop
+        if self.is_list and any(changes_membership(event_type) for _, event_type, _ in events):
+            self.read_at = float("-inf")
+
+    def encode(self) -> tuple[bytes, str]:
+        if self.body is None:
+            self.body = orjson.dumps(self.data)
+            self.etag = weak_etag(self.data)
+        return self.body, self.etag
+
+
+class DropReads:
+    """What one process remembers of the drops it is asked for."""
+
+    def __init__(self) -> None:
+        self._pages: dict[PageKey, Page] = {}
+        # Events arrive in the threads that caused them.
+        self._lock = Lock()
+        self._users: dict[uuid.UUID, float] = {}
+        follow(self.fold)
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("GET", re.compile(r"/api/drops/?"), self.list, "GET, POST, HEAD, OPTIONS"),
+            Route(
+                "GET",
+                re.compile(r"/api/drops/([^/]+)/?"),
+                self.retrieve,
+                "GET, PATCH, HEAD, OPTIONS",
+            ),
+        ]
+
+    async def list(self, request: HotRequest) -> HotAnswer:
+        if b"draft" in request.query:
+            # The only list that depends on who asks.
+            raise FallThrough
+        return await self._answer(request, {"get": "list"})
+
+    async def retrieve(self, request: HotRequest) -> HotAnswer:
+        drop_id = drop_id_of(request)
+        return await self._answer(request, {"get": "retrieve"}, pk=str(drop_id))
+
+    def fold(self, drop_id: str, events: Sequence[News]) -> None:
+        with self._lock:
+            for page in self._pages.values():
+                if page.loading is not None:
+                    page.meanwhile.append((drop_id, events))
+                page.fold(drop_id, events)
+
+    async def _answer(
+        self, request: HotRequest, actions: Mapping[str, Any], **kwargs: str
+    ) -> HotAnswer:
+        await self._check_identity(request)
+        if len(request.query) > MAX_QUERY_LENGTH:
+            raise FallThrough
+        # Pages link to their neighbours by the address that the client used.
+        key = (request.scheme, request.header(b"host") or "", request.path, request.query)
+        page = self._page(key)
+        age = time.monotonic() - page.read_at
+        if age > RENEW_AFTER_SECONDS and page.loading is None:
+            page.loading = asyncio.create_task(self._load(key, page, request, actions, kwargs))
+        if age > MAX_AGE_SECONDS and page.loading is not None:
+            await asyncio.shield(page.loading)
+        if not page.data:
+            # An error, of which the viewset says more; it isn't remembered.
+            raise FallThrough
+        with self._lock:
+            body, etag = page.encode()
+        headers = ((b"etag", etag.encode()),)
+        if is_match(etag, request.header(b"if-none-match")):
+            return HotAnswer(304, b"", headers)
+        return HotAnswer(200, body, headers)
+
+    def _page(self, key: PageKey) -> Page:
+        page = self._pages.get(key)
+        if page is None:
+            with self._lock:
+                if len(self._pages) >= MAX_REMEMBERED:
+                    self._pages.pop(next(iter(self._pages)))
+                page = self._pages[key] = Page()
+        return page
+
+    async def _load(
+        self,
+        key: PageKey,
+        page: Page,
+        request: HotRequest,
+        actions: Mapping[str, Any],
+        kwargs: dict[str, str],
+    ) -> None:
+        started = time.monotonic()
+        data = None
+        try:
+            data = await sync_to_async(ask_viewset, thread_sensitive=False)(
+                request.scope, actions, kwargs
+            )
+        finally:
+            with self._lock:
+                page.loading = None
+                if data is None:
+                    page.meanwhile = []
+                    page.data = {}
+                    self._pages.pop(key, None)
+                else:
+                    page.read_at = started
+                    page.replace(data)
+
+    async def _check_identity(self, request: HotRequest) -> None:
+        """Refuse an invalid identity even here, where none is needed."""
+        identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+        if identity is None:
+            return
+        now = time.monotonic()
+        if self._users.get(identity.user_id, 0.0) < now:
+            await sync_to_async(close_after(get_user), thread_sensitive=False)(identity)
+            if len(self._users) > MAX_REMEMBERED * 100:
+                self._users.clear()
+            self._users[identity.user_id] = now + USER_SECONDS
+
+
+def folded(drop: dict[str, Any], seq: int, event_type: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Return ``drop`` (REST shape) after an event."""
+    if event_type in (EventType.DROP_CREATED, EventType.DROP_UPDATED):
+        return dict(data["drop"])
+    drop = drop | {"seq": seq}
+    if event_type == EventType.STOCK_UPDATED:
+        units = {variant["id"]: variant["availableStock"] for variant in data["variants"]}
+        drop["available_stock"] = data["availableStock"]
+        drop["availability"] = data["availability"]
+        drop["variants"] = [
+            variant | {"available_stock": units.get(variant["id"], variant["available_stock"])}
+            for variant in drop["variants"]
+        ]
+    elif event_type == EventType.ACTIVITY_UPDATED:
+        drop["activity_feed"] = {
+            "latest_purchasers": [
+                {
+                    "user_id": entry["userId"],
+                    "username": entry["username"],
+                    "qty": entry["qty"],
+                    "created_at": entry["createdAt"],
+                }
+                for entry in data["latestPurchasers"]
+            ]
+        }
+    return drop
+
+
+def changes_membership(event_type: str) -> bool:
+    return event_type in (EventType.DROP_CREATED, EventType.DROP_UPDATED)
+
+
+def ask_viewset(
+    scope: Scope, actions: Mapping[str, Any], kwargs: dict[str, str]
+) -> dict[str, Any] | None:
+    """Return the data of the viewset's answer to anybody, or None for an error."""
+    anonymous = [(name, value) for name, value in scope["headers"] if name not in IDENTITY_HEADERS]
+    request = ASGIRequest(scope | {"headers": anonymous}, io.BytesIO())
+    try:
+        response = DropViewSet.as_view(dict(actions))(request, **kwargs)
+        return plain(response.data) if response.status_code == 200 else None
+    finally:
+        connection.close()
+
+
+def plain(data: Any) -> Any:
+    """Return DRF's result as plain dicts and lists, free of serializers and fields."""
+    return orjson.loads(orjson.dumps(data))
+
+
+def close_after(function: Any) -> Any:
+    """Give the thread's database connection back to the pool when ``function`` is done."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        finally:
+            connection.close()
+
+    return call

@@ -1,0 +1,98 @@
+"""What the hot endpoints of reserve and purchase share: from the request to its batch."""
+
+import uuid
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from rest_framework.exceptions import APIException, NotFound
+
+from config.hot_routes import FallThrough, HotAnswer, HotRequest
+from drops.group_commit import GroupCommit
+from drops.models import Drop
+from users.idempotency import Answer, Key, answer_once, make_key
+from users.identity import Identity, create_users, read_identity
+
+# Users that this process has made or found, in development; forgotten all at once when full.
+MAX_KNOWN_USERS = 100_000
+_known_users: set[uuid.UUID] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class HotClaim:
+    """Who wants what, with the key that makes a repeat safe."""
+
+    identity: Identity
+    key: Key | None
+    claim: Any
+
+
+def identity_of(request: HotRequest) -> Identity:
+    """Return who is asking.
+
+    Raises:
+        FallThrough: nobody says so.
+        InvalidIdentity: the header is not one UUID.
+    """
+    identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+    if identity is None:
+        raise FallThrough
+    return identity
+
+
+async def settle_in_batch(
+    group: GroupCommit,
+    drop_id: uuid.UUID,
+    settle: Callable[[uuid.UUID, Sequence[HotClaim]], list[Any]],
+    request: HotRequest,
+    identity: Identity,
+    claim: Any,
+) -> HotAnswer | APIException:
+    """Return the answer of the batch that ``claim`` went out with, or its refusal."""
+    given = request.header(b"idempotency-key")
+    key = (
+        make_key(identity.user_id, request.method, request.path, given, request.body)
+        if given is not None
+        else None
+    )
+    batch_key: Hashable | None = key.identity if key else None
+    answer = await group.submit(drop_id, settle, HotClaim(identity, key, claim), batch_key)
+    if isinstance(answer, APIException):
+        return answer
+    replayed = ((b"idempotent-replayed", b"true"),) if answer.is_replayed else ()
+    return HotAnswer(answer.status, answer.body.encode(), replayed)
+
+
+def settle_claims(
+    drop_id: uuid.UUID,
+    requests: Sequence[HotClaim],
+    settle_many: Callable[[uuid.UUID, list[Any]], list[Any]],
+    encode: Callable[[Any], Answer],
+) -> list[Answer | APIException]:
+    """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
+
+    def settle(indexes: list[int]) -> list[Answer | APIException]:
+        outcomes = settle_many(drop_id, [requests[index].claim for index in indexes])
+        return [
+            outcome if isinstance(outcome, APIException) else encode(outcome)
+            for outcome in outcomes
+        ]
+
+    if settings.CREATE_UNKNOWN_USERS:
+        _make_unknown_users(requests)
+    try:
+        return answer_once([request.key for request in requests], settle)
+    except Drop.DoesNotExist:
+        return [NotFound()] * len(requests)
+
+
+def _make_unknown_users(requests: Sequence[HotClaim]) -> None:
+    """Make the users of a development system; committed before the batch needs them."""
+    unknown = {request.identity for request in requests}
+    unknown = {identity for identity in unknown if identity.user_id not in _known_users}
+    if unknown:
+        create_users(unknown)
+        if len(_known_users) > MAX_KNOWN_USERS:
+            _known_users.clear()
+        _known_users.update(identity.user_id for identity in unknown)

@@ -1,0 +1,388 @@
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.urls import reverse
+from django.utils import timezone
+
+from drops.exceptions import StockCommitted
+from drops.models import Drop, DropStatus, StockAdjustment, Variant
+from drops.tests.factories import DropFactory
+from realtime.models import EventType
+from tests.admin import list_pages, read_page
+
+SIZES = {"EU 42": 3, "EU 43": 4}
+
+
+def drop_form(drop, **changes):
+    """Return what a browser sends when the change form of ``drop`` is saved."""
+    fields = {
+        "name": drop.name,
+        "description": drop.description,
+        "image_url": drop.image_url,
+        "price": drop.price,
+        "status": drop.status,
+        "max_per_user": drop.max_per_user or "",
+        "variants-TOTAL_FORMS": 0,
+        "variants-INITIAL_FORMS": 0,
+    }
+    for name in ("starts_at", "ends_at"):
+        value = getattr(drop, name)
+        fields[f"{name}_0"] = f"{value:%Y-%m-%d}" if value else ""
+        fields[f"{name}_1"] = f"{value:%H:%M:%S}" if value else ""
+    return fields | changes
+
+
+def save_drop(client, drop, **changes):
+    return client.post(
+        reverse("admin:drops_drop_change", args=[drop.pk]), drop_form(drop, **changes)
+    )
+
+
+def add_drop(client, **fields):
+    blank = dict.fromkeys(
+        ("description", "image_url", "starts_at_0", "starts_at_1", "ends_at_0", "ends_at_1"), ""
+    )
+    return client.post(
+        reverse("admin:drops_drop_add"),
+        blank | {"name": "New", "price": "99.00", "currency": "USD", "max_per_user": 1} | fields,
+    )
+
+
+def adjust(client, variant, delta, reason="Recount"):
+    return client.post(
+        reverse("admin:drops_stockadjustment_add"),
+        {"variant": variant.pk, "delta": delta, "reason": reason},
+    )
+
+
+def form_errors(response):
+    assert response.status_code == 200
+    return response.context["adminform"].errors
+
+
+def make_drops(count):
+    DropFactory.create_batch(count, sizes=SIZES)
+
+
+def make_adjustments(count):
+    for drop in DropFactory.create_batch(count):
+        StockAdjustment.objects.create(
+            variant=drop.variants.get(), delta=1, reason="Recount", created_by=drop.created_by
+        )
+
+
+def test_the_list_of_drops_takes_the_same_statements_for_5_and_25(admin_client):
+    (few_status, few), (many_status, many) = list_pages(admin_client, Drop, make_drops)
+
+    assert (few_status, many_status) == (200, 200)
+    assert few == many
+
+
+def test_the_list_of_variants_takes_the_same_statements_for_5_and_25(admin_client):
+    (few_status, few), (many_status, many) = list_pages(admin_client, Variant, make_drops)
+
+    assert (few_status, many_status) == (200, 200)
+    assert few == many
+
+
+def test_the_list_of_adjustments_takes_the_same_statements_for_5_and_25(admin_client):
+    pages = list_pages(admin_client, StockAdjustment, make_adjustments)
+
+    assert [status for status, _ in pages] == [200, 200]
+    assert pages[0] == pages[1]
+
+
+def test_the_page_of_a_drop_takes_the_same_statements_for_1_size_and_20(admin_client):
+    one, twenty = DropFactory(), DropFactory(sizes={f"EU {size}": 1 for size in range(30, 50)})
+
+    read_page(admin_client, Drop, "change", one.pk)  # fills the cache of content types
+    assert read_page(admin_client, Drop, "change", one.pk) == read_page(
+        admin_client, Drop, "change", twenty.pk
+    )
+
+
+@pytest.mark.parametrize("page", ["changelist", "add"])
+@pytest.mark.parametrize("model", [Drop, StockAdjustment])
+def test_lists_and_add_pages_open(admin_client, model, page):
+    assert read_page(admin_client, model, page)[0] == 200
+
+
+def test_variants_and_adjustments_open_for_reading(admin_client):
+    make_adjustments(1)
+
+    adjustment = StockAdjustment.objects.get()
+    assert read_page(admin_client, Variant, "change", adjustment.variant_id)[0] == 200
+    assert read_page(admin_client, StockAdjustment, "change", adjustment.pk)[0] == 200
+
+
+def test_finds_drops_by_exact_id_and_by_part_of_the_name(admin_client):
+    wanted, other = DropFactory(name="Tidewalker"), DropFactory(name="Courier")
+    url = reverse("admin:drops_drop_changelist")
+
+    for query in (str(wanted.pk), "tidew"):
+        content = admin_client.get(url, {"q": query}).content.decode()
+        assert str(wanted.pk) in content
+        assert str(other.pk) not in content
+
+
+@pytest.mark.parametrize("query", ["x" * 300, "\x00", "'; --", "00000000"])
+def test_a_search_for_nonsense_is_no_error(admin_client, query):
+    make_adjustments(1)
+
+    for model in (Drop, Variant, StockAdjustment):
+        assert read_page(admin_client, model, "changelist", q=query)[0] == 200
+
+
+def test_an_edit_is_announced(admin_client):
+    drop = DropFactory(name="Old")
+
+    response = save_drop(admin_client, drop, name="New", max_per_user="")
+
+    assert response.status_code == 302
+    event = drop.events.get()
+    assert (event.seq, event.type) == (1, EventType.DROP_UPDATED)
+    assert (event.data["drop"]["name"], event.data["drop"]["max_per_user"]) == ("New", None)
+    drop.refresh_from_db()
+    assert (drop.name, drop.max_per_user, drop.seq) == ("New", None, 1)
+
+
+def test_publishing_a_draft_announces_it_as_created(admin_client):
+    drop = DropFactory(draft=True)
+
+    save_drop(admin_client, drop, status=DropStatus.LIVE)
+
+    assert drop.events.get().type == EventType.DROP_CREATED
+
+
+def test_saving_an_unchanged_form_announces_nothing(admin_client):
+    drop = DropFactory(
+        description="Two\nlines",
+        starts_at=timezone.now().replace(microsecond=123456),
+        price="199.500",
+    )
+
+    response = save_drop(admin_client, drop, description="Two\r\nlines")
+
+    assert response.status_code == 302
+    assert not drop.events.exists()
+    before, after = drop, Drop.objects.get(pk=drop.pk)
+    assert (after.description, after.starts_at) == (before.description, before.starts_at)
+
+
+def test_stock_and_what_services_keep_cannot_be_written_through_the_form(admin_client):
+    drop = DropFactory(sizes=SIZES)
+    variant = drop.variants.first()
+
+    response = save_drop(
+        admin_client,
+        drop,
+        **{
+            "total_stock": 999,
+            "available_stock": 999,
+            "sold_stock": 5,
+            "seq": 77,
+            "currency": "EUR",
+            "latest_purchasers": "[1]",
+            "created_by": "",
+            "variants-TOTAL_FORMS": 1,
+            "variants-INITIAL_FORMS": 1,
+            "variants-0-id": variant.pk,
+            "variants-0-drop": drop.pk,
+            "variants-0-label": "EU 50",
+            "variants-0-total_stock": 999,
+            "variants-0-available_stock": 999,
+        },
+    )
+
+    assert response.status_code == 302
+    fields = ("total_stock", "available_stock", "sold_stock")
+    assert Drop.objects.values_list(*fields, "seq", "currency", "latest_purchasers").get() == (
+        *(7, 7, 0, 0, "USD"),
+        [],
+    )
+    assert list(drop.variants.values_list("label", *fields)) == [
+        ("EU 42", 3, 3, 0),
+        ("EU 43", 4, 4, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"status": DropStatus.DRAFT}, "status"),
+        ({"price": "1.999"}, "price"),
+        ({"price": "-1"}, "price"),
+        ({"name": "<b>bold</b>"}, "name"),
+        ({"image_url": "javascript:alert(1)"}, "image_url"),
+        ({"max_per_user": 0}, "max_per_user"),
+        ({"ends_at_0": "1900-01-01", "ends_at_1": "00:00:00"}, "ends_at"),
+        (
+            {
+                "starts_at_0": "2030-01-02",
+                "starts_at_1": "00:00:00",
+                "ends_at_0": "2030-01-01",
+                "ends_at_1": "00:00:00",
+            },
+            "ends_at",
+        ),
+    ],
+)
+def test_a_refused_edit_is_an_error_at_its_field_and_changes_nothing(admin_client, changes, field):
+    drop = DropFactory()
+    before = Drop.objects.values().get()
+
+    response = save_drop(admin_client, drop, **changes)
+
+    assert list(form_errors(response)) == [field]
+    assert Drop.objects.values().get() == before
+    assert not drop.events.exists()
+    assert not LogEntry.objects.exists()
+
+
+def test_a_drop_is_added_by_the_service(admin_client, admin_user):
+    response = add_drop(admin_client, sizes="EU 42: 3\r\n\r\nEU 43 : 4", currency="EUR")
+
+    assert response.status_code == 302
+    drop = Drop.objects.get()
+    assert (drop.status, drop.total_stock, drop.available_stock) == (DropStatus.DRAFT, 7, 7)
+    assert (drop.currency, drop.created_by, drop.max_per_user) == ("EUR", admin_user, 1)
+    assert list(drop.variants.values_list("label", "total_stock", "available_stock")) == [
+        ("EU 42", 3, 3),
+        ("EU 43", 4, 4),
+    ]
+    assert LogEntry.objects.get().object_id == str(drop.pk)
+
+
+def test_a_drop_added_with_a_start_is_announced(admin_client):
+    add_drop(
+        admin_client,
+        total_stock=5,
+        max_per_user="",
+        starts_at_0="2040-01-01",
+        starts_at_1="10:00:00",
+    )
+
+    drop = Drop.objects.get()
+    assert (drop.status, drop.max_per_user, drop.seq) == (DropStatus.SCHEDULED, None, 1)
+    assert drop.variants.get().label == Variant.ONE_SIZE
+    assert drop.events.get().type == EventType.DROP_CREATED
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "total_stock"),
+        ({"total_stock": -1}, "total_stock"),
+        ({"total_stock": 2**31}, "total_stock"),
+        ({"total_stock": 4, "sizes": "EU 42: 3"}, "total_stock"),
+        ({"sizes": "EU 42"}, "sizes"),
+        ({"sizes": "EU 42: many"}, "sizes"),
+        ({"sizes": "EU 42: 3\nEU 42: 3"}, "__all__"),
+        ({"sizes": f"{'x' * 51}: 3"}, "__all__"),
+        ({"total_stock": 4, "currency": "XXX"}, "currency"),
+        ({"total_stock": 4, "currency": "JPY", "price": "1.50"}, "price"),
+    ],
+)
+def test_a_refused_new_drop_is_a_form_error_and_stores_nothing(admin_client, fields, field):
+    response = add_drop(admin_client, **fields)
+
+    assert list(form_errors(response)) == [field]
+    assert not Drop.objects.exists()
+    assert not Variant.objects.exists()
+
+
+def test_a_drop_cannot_be_deleted(admin_client):
+    drop = DropFactory()
+
+    assert admin_client.post(reverse("admin:drops_drop_delete", args=[drop.pk])).status_code == 403
+    admin_client.post(
+        reverse("admin:drops_drop_changelist"),
+        {"action": "delete_selected", "_selected_action": drop.pk, "post": "yes"},
+    )
+    assert Drop.objects.get() == drop
+
+
+def test_variants_can_be_neither_added_changed_nor_deleted(admin_client):
+    variant = DropFactory().variants.get()
+
+    assert admin_client.post(reverse("admin:drops_variant_add")).status_code == 403
+    for page in ("change", "delete"):
+        url = reverse(f"admin:drops_variant_{page}", args=[variant.pk])
+        assert admin_client.post(url, {"label": "EU 50"}).status_code == 403
+    assert Variant.objects.values_list("label").get() == ("One size",)
+
+
+def test_an_adjustment_moves_the_stock_and_announces_it(admin_client, admin_user):
+    drop = DropFactory(total_stock=10)
+    variant = drop.variants.get()
+
+    response = adjust(admin_client, variant, -4, "Damaged")
+
+    assert response.status_code == 302
+    for stock in (Drop.objects.get(), Variant.objects.get()):
+        assert (stock.total_stock, stock.available_stock) == (6, 6)
+    stock, update = drop.events.order_by("seq")
+    assert (stock.type, stock.data["availableStock"]) == (EventType.STOCK_UPDATED, 6)
+    assert (update.type, update.data["drop"]["total_stock"]) == (EventType.DROP_UPDATED, 6)
+    adjustment = StockAdjustment.objects.get()
+    assert (adjustment.delta, adjustment.reason, adjustment.created_by) == (
+        *(-4, "Damaged"),
+        admin_user,
+    )
+    assert LogEntry.objects.get().object_id == str(adjustment.pk)
+
+
+@pytest.mark.parametrize(
+    ("delta", "field", "message"),
+    [
+        (-11, "__all__", StockCommitted.default_detail),
+        (0, "delta", "Must not be 0 or exceed 2147483647 in all."),
+        (2**31 - 1, "delta", "Must not be 0 or exceed 2147483647 in all."),
+        (10**30, "delta", "Must not be 0 or exceed 2147483647 in all."),
+    ],
+)
+def test_a_refused_adjustment_is_a_form_error_and_changes_nothing(
+    admin_client, delta, field, message
+):
+    drop = DropFactory(total_stock=10)
+
+    response = adjust(admin_client, drop.variants.get(), delta)
+
+    assert form_errors(response) == {field: [message]}
+    for stock in (Drop.objects.get(), Variant.objects.get()):
+        assert (stock.total_stock, stock.available_stock) == (10, 10)
+    assert not StockAdjustment.objects.exists()
+    assert not drop.events.exists()
+
+
+def test_an_adjustment_of_an_unknown_variant_is_a_form_error(admin_client):
+    variant = Variant(label="EU 42")
+
+    assert list(form_errors(adjust(admin_client, variant, 1))) == ["variant"]
+
+
+def test_an_adjustment_is_final(admin_client):
+    make_adjustments(1)
+    adjustment = StockAdjustment.objects.get()
+
+    for page in ("change", "delete"):
+        url = reverse(f"admin:drops_stockadjustment_{page}", args=[adjustment.pk])
+        assert admin_client.post(url, {"delta": 5}).status_code == 403
+    assert StockAdjustment.objects.values_list("delta").get() == (1,)
+
+
+def test_the_adjust_link_of_a_size_fills_in_the_variant(admin_client):
+    drop = DropFactory()
+    url = f"{reverse('admin:drops_stockadjustment_add')}?variant={drop.variants.get().pk}"
+
+    page = admin_client.get(reverse("admin:drops_drop_change", args=[drop.pk]))
+    assert f'href="{url}"' in page.content.decode()
+    assert f'value="{drop.variants.get().pk}"' in admin_client.get(url).content.decode()
+
+
+def test_shows_the_latest_purchasers_as_text(admin_client):
+    entry = {"user_id": "1", "username": "<ada>", "qty": 2, "created_at": "2026-11-22T18:00:00Z"}
+    drop = DropFactory(latest_purchasers=[entry])
+
+    page = admin_client.get(reverse("admin:drops_drop_change", args=[drop.pk])).content.decode()
+
+    assert "2 × &lt;ada&gt;, 2026-11-22T18:00:00Z" in page

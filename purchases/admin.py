@@ -1,0 +1,29 @@
+from django.contrib import admin
+
+from config.admin import ReadOnlyAdmin
+from drops.currencies import format_amount
+from purchases.models import Purchase
+
+
+@admin.register(Purchase)
+class PurchaseAdmin(ReadOnlyAdmin):
+    list_display = ["id", "drop", "size", "user", "quantity", "paid", "status", "created_at"]
+    list_filter = ["status", "currency"]
+    list_select_related = ["drop", "variant", "user"]
+    search_fields = [
+        "id__exact",
+        "reservation__id__exact",
+        "drop__id__exact",
+        "drop__name",
+        "user__id__exact",
+        "user__username",
+    ]
+    date_hierarchy = "created_at"
+
+    @admin.display(ordering="variant__position")
+    def size(self, purchase: Purchase) -> str:
+        return purchase.variant.label
+
+    @admin.display(ordering="amount", description="amount")
+    def paid(self, purchase: Purchase) -> str:
+        return f"{format_amount(purchase.amount, purchase.currency)} {purchase.currency}"

@@ -1,0 +1,89 @@
+"""``POST /api/drops/{id}/purchase`` on the hot path; see ``config.hot_routes``."""
+
+import re
+import uuid
+from collections.abc import Sequence
+
+import orjson
+from rest_framework.exceptions import APIException
+
+from config.hot_routes import (
+    FallThrough,
+    HotAnswer,
+    HotRequest,
+    Route,
+    drop_id_of,
+    json_object,
+    problem_answer,
+)
+from drops.currencies import format_amount
+from drops.exceptions import format_instant
+from drops.group_commit import GroupCommit
+from drops.hot_claims import HotClaim, identity_of, settle_claims, settle_in_batch
+from purchases.models import Purchase
+from purchases.services import purchase_many
+from reservations.exceptions import ReservationRequired
+from users.exceptions import UnknownUser
+from users.idempotency import Answer
+from users.models import User
+
+
+class PurchaseEndpoint:
+    """Purchase in batches."""
+
+    def __init__(self, group: GroupCommit) -> None:
+        self.group = group
+
+    def route(self) -> Route:
+        pattern = re.compile(r"/api/drops/([^/]+)/purchase/?")
+        return Route("POST", pattern, self, methods="POST, OPTIONS")
+
+    async def __call__(self, request: HotRequest) -> HotAnswer:
+        drop_id = drop_id_of(request)
+        identity = identity_of(request)
+        if json_object(request):
+            raise FallThrough
+        outcome = await settle_in_batch(
+            self.group, drop_id, settle_purchases, request, identity, identity.user_id
+        )
+        if isinstance(outcome, APIException):
+            return problem_answer(outcome, request.request_id)
+        return outcome
+
+
+def settle_purchases(
+    drop_id: uuid.UUID, requests: Sequence[HotClaim]
+) -> list[Answer | APIException]:
+    answers = settle_claims(drop_id, requests, purchase_many, encode)
+    # Who holds nothing was not looked up; a viewset would have asked who they are first.
+    without = {
+        request.identity.user_id
+        for request, answer in zip(requests, answers, strict=True)
+        if isinstance(answer, ReservationRequired)
+    }
+    if without:
+        known = User.objects.filter(pk__in=without, is_active=True).values_list("pk", flat=True)
+        unknown = without - set(known)
+        for index, request in enumerate(requests):
+            if request.identity.user_id in unknown:
+                answers[index] = UnknownUser()
+    return answers
+
+
+def encode(purchase: Purchase) -> Answer:
+    """Return the answer with a purchase: what ``PurchaseSerializer`` says."""
+    body = orjson.dumps(
+        {
+            "id": purchase.pk,
+            "drop_id": purchase.drop_id,
+            "variant_id": purchase.variant_id,
+            "reservation_id": purchase.reservation_id,
+            "user_id": purchase.user_id,
+            "quantity": purchase.quantity,
+            "amount": format_amount(purchase.amount, purchase.currency),
+            "currency": purchase.currency,
+            "status": purchase.status,
+            "created_at": format_instant(purchase.created_at),
+        }
+    ).decode()
+    return Answer(201 if purchase.is_new else 200, body)

@@ -1,0 +1,184 @@
+"""Remember for a moment that a drop has nothing to give, and refuse without a query.
+
+In a drop most requests are too late. This memory may refuse, never accept: it holds a
+drop's state as it was read at most ``MAX_AGE_SECONDS`` ago and is forgotten as soon as this
+process makes or hears of a change. Whoever has something of the drop is never refused here,
+because they may be asking for what they hold.
+"""
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, connection
+from psycopg_pool import PoolTimeout
+from rest_framework.exceptions import APIException
+
+from config.problems import Refusal
+from drops.exceptions import (
+    DropCancelled,
+    DropEnded,
+    DropNotStarted,
+    DropPaused,
+    refusal_unless_live,
+)
+from drops.models import Drop, Variant
+from realtime.publisher import follow
+from reservations.exceptions import FullyReserved, SoldOut
+from reservations.models import Reservation
+from reservations.services import COUNTS_AGAINST_LIMIT, Claim, next_release_at, shortage_of
+
+MAX_AGE_SECONDS = 0.25
+# Read again before that, so that a storm of requests never reaches the database at once.
+RENEW_AFTER_SECONDS = 0.15
+# A drop with more claimants than this is not remembered: reading them would cost too much.
+MAX_CLAIMANTS = 20_000
+
+# Refusals that say something about the drop, not about who asked.
+MEMORABLE = (SoldOut, FullyReserved, DropNotStarted, DropEnded, DropPaused, DropCancelled)
+
+
+@dataclass
+class Remembered:
+    """What was read of a drop, and until when (``time.monotonic``) it may be used."""
+
+    drop: Drop
+    variants: dict[uuid.UUID, Variant]
+    claimants: frozenset[uuid.UUID]
+    next_release_at: datetime | None
+    read_at: datetime
+    until: float = 0.0
+    renew_at: float = 0.0
+    is_renewing: bool = False
+    refusals: dict[tuple[uuid.UUID | None, int], Refusal | None] = field(default_factory=dict)
+
+    def extend(self, read_at: datetime, read_since: float) -> None:
+        """Trust the state for as long as nothing happens by the mere passing of time."""
+        seconds = MAX_AGE_SECONDS
+        for at in (self.next_release_at, self.drop.starts_at, self.drop.ends_at):
+            if at is not None and at > self.read_at:
+                seconds = min(seconds, (at - read_at).total_seconds())
+        self.until = read_since + seconds
+        self.renew_at = read_since + RENEW_AFTER_SECONDS
+
+    def refusal(self, claim: Claim) -> Refusal | None:
+        key = claim.variant_id, claim.quantity
+        if key not in self.refusals:
+            self.refusals[key] = self._work_out(claim)
+        return self.refusals[key]
+
+    def _work_out(self, claim: Claim) -> Refusal | None:
+        if claim.variant_id is not None:
+            variant = self.variants.get(claim.variant_id)
+        else:
+            variant = next(iter(self.variants.values())) if len(self.variants) == 1 else None
+        if variant is None:
+            return None
+        if refusal := refusal_unless_live(self.drop, self.read_at):
+            return refusal
+        limit = self.drop.max_per_user
+        if limit is not None and claim.quantity > limit:
+            return None
+        if variant.available_stock >= claim.quantity:
+            return None
+        return shortage_of(variant, self.next_release_at)
+
+
+class ShortageMemory:
+    """What one process remembers; all of it lives in one event loop but ``forget``."""
+
+    def __init__(self) -> None:
+        self._remembered: dict[uuid.UUID, Remembered] = {}
+        # Drops being read, and whether nothing changed since the reading began.
+        self._reading: dict[uuid.UUID, bool] = {}
+        follow(self.forget)
+
+    def refusal(self, drop_id: uuid.UUID, claim: Claim) -> Refusal | None:
+        """Return why ``claim`` fails, where that is certain enough, else None."""
+        known = self._remembered.get(drop_id)
+        if known is None:
+            return None
+        now = time.monotonic()
+        if now >= known.until:
+            self._remembered.pop(drop_id, None)
+            return None
+        if now >= known.renew_at and not known.is_renewing:
+            known.is_renewing = True
+            asyncio.create_task(self._renew(known))
+        if claim.user_id in known.claimants:
+            return None
+        return known.refusal(claim)
+
+    def learn(self, drop_id: uuid.UUID, refusal: APIException) -> None:
+        """Read the drop's state in the background, where ``refusal`` will meet others too."""
+        if not isinstance(refusal, MEMORABLE):
+            return
+        if drop_id not in self._reading and drop_id not in self._remembered:
+            self._reading[drop_id] = True
+            asyncio.create_task(self._learn(drop_id))
+
+    def forget(self, drop_id: str, events: Any = ()) -> None:
+        """Forget a drop that changed; runs in any thread."""
+        key = uuid.UUID(drop_id)
+        self._remembered.pop(key, None)
+        if key in self._reading:
+            self._reading[key] = False
+
+    async def _learn(self, drop_id: uuid.UUID) -> None:
+        since = time.monotonic()
+        try:
+            known = await sync_to_async(read_state, thread_sensitive=False)(drop_id)
+            if known is not None and self._reading[drop_id]:
+                known.extend(known.read_at, since)
+                self._remembered[drop_id] = known
+        except (DatabaseError, PoolTimeout):
+            pass  # Nothing learned: the next claim asks the database itself.
+        finally:
+            del self._reading[drop_id]
+
+    async def _renew(self, known: Remembered) -> None:
+        """Use the state for longer if the drop's sequence says that nothing changed."""
+        since = time.monotonic()
+        try:
+            seq, now = await sync_to_async(read_seq, thread_sensitive=False)(known.drop.pk)
+            if seq == known.drop.seq:
+                known.extend(now, since)
+        except (DatabaseError, PoolTimeout):
+            pass  # It ends by itself.
+        finally:
+            known.is_renewing = False
+
+
+def read_state(drop_id: uuid.UUID) -> Remembered | None:
+    """Read what a refusal needs, or None for a drop with too many claimants."""
+    try:
+        drop = Drop.objects.read_now().get(pk=drop_id)
+        claimants = list(
+            Reservation.objects.filter(drop=drop_id, status__in=COUNTS_AGAINST_LIMIT)
+            .values_list("user_id", flat=True)
+            .distinct()[: MAX_CLAIMANTS + 1]
+        )
+        if len(claimants) > MAX_CLAIMANTS:
+            return None
+        return Remembered(
+            drop=drop,
+            variants={variant.pk: variant for variant in drop.variants.all()},
+            claimants=frozenset(claimants),
+            next_release_at=next_release_at(drop) if drop.held_stock else None,
+            read_at=drop.read_at,
+        )
+    finally:
+        connection.close()
+
+
+def read_seq(drop_id: uuid.UUID) -> tuple[int, datetime]:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT seq, now() FROM drops_drop WHERE id = %s", [drop_id])
+            return cursor.fetchone()
+    finally:
+        connection.close()
