@@ -519,7 +519,7 @@ class DropHistory(LockedDrop):
         body: dict[str, Any] = {"quantity": reservation.quantity}
         if len(self.variants) > 1:
             body["variant"] = str(reservation.variant_id)
-        self.answer("reserve", body, ReservationSerializer(reservation), at)
+        self.answer(reservation.user, "reserve", body, ReservationSerializer(reservation), at)
 
     def buy(self, reservation: Reservation, at: datetime) -> None:
         availability_before = self.drop.availability
@@ -532,7 +532,7 @@ class DropHistory(LockedDrop):
         if self.drop.availability != availability_before:
             self.record_stock()
         self.save(at)
-        self.answer("purchase", {}, PurchaseSerializer(purchase), at)
+        self.answer(purchase.user, "purchase", {}, PurchaseSerializer(purchase), at)
 
     def refund(self, reservation: Reservation, at: datetime) -> None:
         """Give the money back and the units to the stock; the reservation stays consumed."""
@@ -576,12 +576,14 @@ class DropHistory(LockedDrop):
             },
         )
 
-    def answer(self, action: str, body: dict[str, Any], row: BaseSerializer, at: datetime) -> None:
+    def answer(
+        self, user: User, action: str, body: dict[str, Any], row: BaseSerializer, at: datetime
+    ) -> None:
         """Keep what the client was told just now: it depends on the stock of this moment."""
         if at >= self.answers_since:
             route = f"POST /api/drops/{self.drop.pk}/{action}"
             document = JSONRenderer().render(row.data)
-            self.answers.append(Answer(at, row.instance.user, route, json.dumps(body), document))
+            self.answers.append(Answer(at, user, route, json.dumps(body), document))
 
 
 class DemoData:

@@ -36,6 +36,7 @@ INSTALLED_APPS = [
     "drf_spectacular",
     "drf_spectacular_sidecar",
     "rest_framework",
+    "servestatic",
     "config",
     "users",
     "drops",
@@ -252,5 +253,6 @@ LOGGING = {
         # Each refused request would be a line of its own here.
         "django.request": {"level": "ERROR"},
         "django.channels.server": {"level": "WARNING"},
+        "daphne": {"level": "WARNING"},
     },
 }

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 from django import forms
 from django.contrib import admin
@@ -14,6 +14,7 @@ from drops.currencies import format_amount
 from drops.models import Drop, StockAdjustment, Variant
 from drops.serializers import DropCreateSerializer, DropInputSerializer
 from drops.services import adjust_stock, create_drop, update_drop
+from users.models import User
 
 WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
 
@@ -177,7 +178,8 @@ class DropAdmin(ServiceAdmin):
                 del fields["total_stock"]
             new = DropCreateSerializer(data=fields)
             new.is_valid(raise_exception=True)
-            obj.pk = create_drop(request.user, **new.validated_data).pk  # type: ignore[misc]
+            user = cast(User, request.user)
+            obj.pk = create_drop(user, **new.validated_data).pk
 
     @admin.display(description="status now", ordering="status")
     def status_now(self, drop: Drop) -> str:
@@ -212,7 +214,16 @@ class VariantAdmin(ReadOnlyAdmin):
     list_select_related = ["drop"]
     search_fields = ["id__exact", "label", "drop__id__exact", "drop__name"]
     ordering = ["-drop__created_at", "drop", "position"]
-    fields = ["id", "drop", "label", "position", *list_display[2:]]
+    fields = [
+        "id",
+        "drop",
+        "label",
+        "position",
+        "available_stock",
+        "held_stock",
+        "sold_stock",
+        "total_stock",
+    ]
 
 
 @admin.register(StockAdjustment)
@@ -243,7 +254,7 @@ class StockAdjustmentAdmin(ServiceAdmin):
             obj.variant_id,
             obj.delta,
             reason=obj.reason,
-            user=request.user,  # type: ignore[arg-type]
+            user=cast(User, request.user),
         ).pk
 
     @admin.display(ordering="variant__drop__name")

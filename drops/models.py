@@ -6,6 +6,8 @@ from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from drops.currencies import format_amount
+
 
 class DropStatus(models.TextChoices):
     """What staff decided; what holds now also depends on the window, see ``status_at``."""
@@ -154,6 +156,14 @@ class Drop(Stock):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def price_text(self) -> str:
+        return f"{format_amount(self.price, self.currency)} {self.currency}"
+
+    @property
+    def is_live(self) -> bool:
+        return self.status_at(self.read_at) == DropStatus.LIVE
 
     def status_at(self, now: datetime) -> DropStatus:
         """Return the status that holds at ``now``; mirrors ``DropQuerySet.with_status``."""

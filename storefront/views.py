@@ -1,4 +1,3 @@
-from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 
@@ -14,6 +13,5 @@ def home(request: HttpRequest) -> HttpResponse:
         {
             "live": drops.with_status(DropStatus.LIVE)[:24],
             "upcoming": drops.with_status(DropStatus.SCHEDULED).order_by("starts_at")[:12],
-            "debug": settings.DEBUG,
         },
     )
