@@ -2,7 +2,9 @@ import re
 import uuid
 from collections.abc import Callable
 
+from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse
+from rest_framework.exceptions import ParseError
 
 from config.problems import problem_response, to_api_exception
 
@@ -17,7 +19,7 @@ class RequestIdMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         request.request_id = request_id(request.headers.get("X-Request-Id"))  # type: ignore[attr-defined]
-        response = self.get_response(request)
+        response = refuse_wrong_host(request) or self.get_response(request)
         response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
         return response
 
@@ -25,6 +27,17 @@ class RequestIdMiddleware:
         if not request.path.startswith("/api/"):
             return None
         return problem_response(request, to_api_exception(exc))
+
+
+def refuse_wrong_host(request: HttpRequest) -> HttpResponse | None:
+    """Answer for Django, which in DEBUG shows a page of settings and a traceback."""
+    if not request.path.startswith("/api/"):
+        return None
+    try:
+        request.get_host()
+    except DisallowedHost:
+        return problem_response(request, ParseError("This site is not known by that Host."))
+    return None
 
 
 def request_id(given: str | None) -> str:

@@ -19,7 +19,7 @@ def api_problem(error: APIException, page: str) -> Callable[..., HttpResponse]:
     """Return an error view: a problem under /api, else Django's own page ``page``."""
 
     def view(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:
-        if request.path.startswith("/api/") or settings.DEBUG:
+        if f"{request.path}/".startswith("/api/") or settings.DEBUG:
             return problem_response(request, error)
         return HttpResponse(page, status=error.status_code, content_type="text/plain")
 
@@ -37,13 +37,19 @@ api: list[URLPattern | URLResolver] = [
     path("", include("users.urls")),
     re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
     re_path(r"^docs/?$", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
-    re_path(r"^redoc/?$", SpectacularRedocView.as_view(url_name="schema"), name="redoc"),
+    re_path(
+        r"^redoc/?$",
+        SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
+        name="redoc",
+    ),
     # Django's own answer to an unknown address in DEBUG is a page with a traceback.
     re_path(r"", lambda request: handler404(request)),
 ]
 
 urlpatterns = [
     path("api/", include(api)),
+    # Otherwise APPEND_SLASH redirects, which in DEBUG fails for a POST.
+    path("api", lambda request: handler404(request)),
     path("admin/", admin.site.urls),
     path("healthz", healthz),
     path("", include("storefront.urls")),

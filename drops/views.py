@@ -111,7 +111,12 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
         request=DropInputSerializer,
         examples=[OpenApiExample("Pause it", {"status": "paused"}, request_only=True), EXAMPLE],
         responses=answers(
-            {200: DropSerializer}, *IDENTIFIED, *WITH_BODY, "permission_denied", "not_found"
+            {200: DropSerializer},
+            *IDENTIFIED,
+            *WITH_BODY,
+            "permission_denied",
+            "not_found",
+            "busy",
         ),
     )
     def partial_update(self, request: Request, **kwargs: Any) -> Response:

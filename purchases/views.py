@@ -39,6 +39,7 @@ REFUSALS = (
     "reservation_required",
     "reservation_expired",
     "reservation_not_active",
+    "drop_not_started",
     "drop_ended",
     "drop_paused",
     "drop_cancelled",

@@ -3,8 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from django.db.models.functions import Now
-
+from config.database import read_clock
 from drops.models import Drop
 from drops.serializers import DropSerializer
 from realtime.models import Event
@@ -42,5 +41,5 @@ def snapshot(drop_id: str | None) -> tuple[list[dict[str, Any]], datetime]:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         drops = Drop.objects.read_now()
         rows = [drops.get(pk=drop_id)] if drop_id else list(drops.current().order_by("created_at"))
-        now = rows[0].read_at if rows else Drop.objects.none().aggregate(now=Now())["now"]
+        now = rows[0].read_at if rows else read_clock()
         return [dict(DropSerializer(drop).data) for drop in rows], now

@@ -162,6 +162,22 @@ class ExpireNowView(APIView):
     @extend_schema(
         summary="Expire overdue holds now (DEBUG only)",
         request=None,
+        examples=[
+            OpenApiExample(
+                "One hold expired",
+                {
+                    "expired_count": 1,
+                    "drops": [{"drop_id": EXAMPLE.value["drop_id"], "available_stock": 499}],
+                    "reservations": [
+                        {
+                            "reservation_id": EXAMPLE.value["id"],
+                            "drop_id": EXAMPLE.value["drop_id"],
+                        }
+                    ],
+                },
+                response_only=True,
+            )
+        ],
         responses=answers({200: ExpireNowSerializer}),
     )
     def post(self, request: Request) -> Response:

@@ -1,8 +1,10 @@
 import pytest
 from django.contrib.admin.models import LogEntry
+from django.db import connection
 from django.urls import reverse
 from django.utils import timezone
 
+from config.problems import Busy
 from drops.exceptions import StockCommitted
 from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.tests.factories import DropFactory
@@ -386,3 +388,24 @@ def test_shows_the_latest_purchasers_as_text(admin_client):
     page = admin_client.get(reverse("admin:drops_drop_change", args=[drop.pk])).content.decode()
 
     assert "2 × &lt;ada&gt;, 2026-11-22T18:00:00Z" in page
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_drop_that_stays_locked_is_a_form_error_and_changes_nothing(admin_client):
+    drop = DropFactory(name="Old")
+    other = connection.copy()
+    with connection.cursor() as cursor:
+        cursor.execute("SET lock_timeout = '50ms'")
+    try:
+        with other.cursor() as cursor:
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT FROM drops_drop FOR UPDATE")
+            response = save_drop(admin_client, drop, name="New")
+            cursor.execute("ROLLBACK")
+    finally:
+        other.close()
+        with connection.cursor() as cursor:
+            cursor.execute("RESET lock_timeout")
+
+    assert form_errors(response) == {"__all__": [Busy.default_detail]}
+    assert Drop.objects.values_list("name", "seq").get() == ("Old", 0)
