@@ -19,7 +19,7 @@ from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
 
-from config.body_limit import Application, Receive, Scope, Send, replay
+from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
@@ -35,6 +35,8 @@ READ_HEADERS = {
     b"accept",
     b"origin",
     b"if-none-match",
+    b"content-length",
+    b"transfer-encoding",
 }
 
 
@@ -52,9 +54,13 @@ class HotRequest:
     query: bytes
     scheme: str
     headers: dict[bytes, str]
-    body: bytes
     args: tuple[str, ...]
-    request_id: str = ""
+    request_id: str
+    body: bytes = b""
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get(b"content-type", "").split(";")[0].strip()
 
     def header(self, name: bytes) -> str | None:
         return self.headers.get(name)
@@ -83,10 +89,10 @@ class Route:
 
 @dataclass
 class HotRoutes:
-    """Serve ``routes``; hand everything else, and what an endpoint passes on, to Django."""
+    """Serve ``routes``; hand everything else, and what an endpoint passes on, to ``rest``."""
 
     routes: list[Route]
-    django: Application
+    rest: Application
     # Called with the first request, when there is an event loop.
     on_first_request: Callable[[], None]
     _has_started: bool = False
@@ -98,21 +104,23 @@ class HotRoutes:
             self.on_first_request()
         route, args = self._match(scope)
         if route is None:
-            return await self.django(scope, receive, send)
+            return await self.rest(scope, receive, send)
+        try:
+            request = read_request(scope, args)
+        except FallThrough:
+            return await self.rest(scope, receive, send)
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body = message.get("body", b"")
-        if message.get("more_body"):
-            return await self.django(scope, put_back(message, receive), send)
+        request.body = message.get("body", b"")
         try:
-            request = read_request(scope, body, args)
-        except FallThrough:
-            return await self.django(scope, replay(body, receive), send)
-        try:
+            if message.get("more_body"):
+                raise FallThrough
+            if request.body and request.content_type != "application/json":
+                raise FallThrough
             answer = await route.endpoint(request)
         except FallThrough:
-            return await self.django(scope, replay(body, receive), send)
+            return await self.rest(scope, put_back(message, receive), send)
         except Exception as exc:
             answer = problem_answer(to_api_exception(exc), request.request_id)
         await self._send(route, request, answer, send)
@@ -156,8 +164,8 @@ class HotRoutes:
         return self._common[methods]
 
 
-def read_request(scope: Scope, body: bytes, args: tuple[str, ...]) -> HotRequest:
-    """Return the request, if it is a plain one.
+def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
+    """Return the request, still without its body, if it is a plain one.
 
     Raises:
         FallThrough: a header is repeated, or what it says needs a closer look.
@@ -173,7 +181,10 @@ def read_request(scope: Scope, body: bytes, args: tuple[str, ...]) -> HotRequest
     accept = found.get(b"accept")
     if accept is not None and "*/*" not in accept and "application/json" not in accept:
         raise FallThrough
-    if body and found.get(b"content-type", "").split(";")[0].strip() != "application/json":
+    length = found.get(b"content-length", "0")
+    if b"transfer-encoding" in found or not length.isdigit():
+        raise FallThrough
+    if int(length) > settings.MAX_BODY_BYTES:
         raise FallThrough
     return HotRequest(
         scope=scope,
@@ -182,7 +193,6 @@ def read_request(scope: Scope, body: bytes, args: tuple[str, ...]) -> HotRequest
         query=scope["query_string"],
         scheme=scope.get("scheme", "http"),
         headers=found,
-        body=body,
         args=args,
         request_id=request_id(found.get(b"x-request-id")),
     )
@@ -252,13 +262,18 @@ def drop_id_of(request: HotRequest) -> uuid.UUID:
     Raises:
         FallThrough: it is no UUID in the usual form.
     """
-    text = request.args[0]
-    if len(text) != 36:
+    drop_id = parse_uuid(request.args[0])
+    if drop_id is None:
         raise FallThrough
+    return drop_id
+
+
+@lru_cache(1024)
+def parse_uuid(text: str) -> uuid.UUID | None:
     try:
-        return uuid.UUID(text)
+        return uuid.UUID(text) if len(text) == 36 else None
     except ValueError:
-        raise FallThrough from None
+        return None
 
 
 def json_object(request: HotRequest) -> dict[str, Any]:

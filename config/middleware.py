@@ -1,5 +1,5 @@
 import re
-import uuid
+import secrets
 from collections.abc import Callable
 
 from django.core.exceptions import DisallowedHost
@@ -44,4 +44,4 @@ def request_id(given: str | None) -> str:
     """Return the client's own id where it is fit for logs, else a new one."""
     if given and USABLE_REQUEST_ID.fullmatch(given):
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)

@@ -5,8 +5,12 @@ from rest_framework.parsers import JSONParser
 
 
 class ObjectParser(JSONParser):
-    def parse(self, *args: Any, **kwargs: Any) -> Any:
+    """JSON in UTF-8, whatever charset is declared: some of Python's are no text encodings."""
+
+    def parse(self, stream: Any, media_type: str | None = None, parser_context: Any = None) -> Any:
         try:
-            return super().parse(*args, **kwargs)
+            return super().parse(
+                stream, media_type, {**(parser_context or {}), "encoding": "utf-8"}
+            )
         except RecursionError:
             raise ParseError("JSON parse error - nested too deeply") from None

@@ -5,6 +5,7 @@ Source: https://www.six-group.com/en/products-services/financial-information/dat
 """
 
 from decimal import Decimal
+from functools import lru_cache
 
 _TWO_DECIMALS = """
 AED AFN ALL AMD ANG AOA ARS AUD AWG AZN BAM BBD BDT BGN BMD BND BOB BRL BSD BTN BWP BYN BZD CAD
@@ -24,6 +25,7 @@ DECIMALS: dict[str, int] = (
 )
 
 
+@lru_cache(1024)
 def format_amount(amount: Decimal, currency: str) -> str:
     """Return ``amount`` with exactly the decimals of its currency: ``"199.00"``, ``"25000"``."""
     return f"{amount:.{DECIMALS.get(currency, 2)}f}"

@@ -1,4 +1,5 @@
 from datetime import datetime
+from functools import lru_cache
 
 from config.problems import Refusal
 from drops.models import Drop, DropStatus
@@ -54,6 +55,7 @@ def refusal_unless_live(drop: Drop, now: datetime) -> Refusal | None:
     return _REFUSALS[status]()
 
 
+@lru_cache(1024)
 def format_instant(value: datetime | None) -> str | None:
     """Return ``value`` (UTC) as ISO 8601 with ``Z``, as everywhere in the API."""
     return value.isoformat().replace("+00:00", "Z") if value else None

@@ -4,6 +4,7 @@ Lock order, kept by every service of the project, so that there are no deadlocks
 idempotency keys → drop → variants → reservations, several of one kind by primary key.
 """
 
+import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,6 +34,19 @@ ALLOWED_STATUS_CHANGES: dict[str, set[DropStatus]] = {
     DropStatus.ENDED: {DropStatus.CANCELLED},
     DropStatus.CANCELLED: set(),
 }
+
+
+DROP_COLUMNS = [field.attname for field in Drop._meta.concrete_fields]
+VARIANT_COLUMNS = [field.attname for field in Variant._meta.concrete_fields]
+LOCK_DROP = f"""
+    SELECT {", ".join(f"drop.{column}" for column in DROP_COLUMNS)},
+           {", ".join(f"variant.{column}" for column in VARIANT_COLUMNS)}
+    FROM drops_drop AS drop
+    JOIN drops_variant AS variant ON variant.drop_id = drop.id
+    WHERE drop.id = %s
+    ORDER BY variant.id
+    FOR NO KEY UPDATE OF drop, variant
+"""  # noqa: S608 - the columns are the models' own
 
 
 @dataclass
@@ -142,18 +156,19 @@ def lock_drop(drop_id: uuid.UUID) -> LockedDrop:
     Raises:
         Drop.DoesNotExist: no such drop.
     """
-    # One statement locks both. The order in ``of`` is the order of the locks; both rows are
-    # re-read after a wait, so the counters are those of the last commit. ``no_key``, because
-    # a plain FOR UPDATE would also block each insert that refers to the drop.
-    variants = list(
-        Variant.objects.filter(drop=drop_id)
-        .select_related("drop")
-        .select_for_update(no_key=True, of=("drop", "self"))
-        .order_by("pk")
-    )
-    if not variants:
+    with connection.cursor() as cursor:
+        # One statement locks both, in the order of the OF clause, and after a wait re-reads
+        # both, so the counters are those of the last commit. NO KEY, because a plain FOR
+        # UPDATE would also block each insert that refers to these rows.
+        cursor.execute(LOCK_DROP, [drop_id])
+        rows = cursor.fetchall()
+    if not rows:
         raise Drop.DoesNotExist
-    drop = variants[0].drop
+    width = len(DROP_COLUMNS)
+    drop = Drop.from_db("default", DROP_COLUMNS, rows[0][:width])
+    # JSON arrives as text, because this is not a query of the ORM.
+    drop.latest_purchasers = json.loads(drop.latest_purchasers)
+    variants = [Variant.from_db("default", VARIANT_COLUMNS, row[width:]) for row in rows]
     for variant in variants:
         variant.drop = drop
     return LockedDrop(drop, {variant.pk: variant for variant in variants})

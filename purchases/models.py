@@ -1,8 +1,8 @@
-import uuid
-
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
+
+from config.ids import new_id
 
 
 class PurchaseStatus(models.TextChoices):
@@ -13,7 +13,7 @@ class PurchaseStatus(models.TextChoices):
 class Purchase(models.Model):
     """A reservation that was paid for. Rows are never deleted."""
 
-    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
     reservation = models.OneToOneField(
         "reservations.Reservation", models.PROTECT, related_name="purchase"
     )

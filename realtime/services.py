@@ -6,7 +6,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from django.db import transaction
+import orjson
+from django.db import connection, transaction
 
 from realtime.models import Event, EventType
 from realtime.publisher import publish
@@ -25,8 +26,24 @@ def append_events(drop_id: uuid.UUID, events: list[NewEvent], now: datetime) -> 
     """Store ``events`` of a drop whose row the caller has locked; publish them on commit."""
     if not events:
         return
-    rows = Event.objects.bulk_create(
+    rows = [
         Event(drop_id=drop_id, seq=event.seq, type=event.type, data=event.data, created_at=now)
         for event in events
-    )
+    ]
+    with connection.cursor() as cursor:
+        # A plain statement, because the ORM takes longer to compose one than to run it.
+        cursor.execute(
+            """
+            INSERT INTO realtime_event (drop_id, created_at, seq, type, data)
+            SELECT %s, %s, event.*
+            FROM unnest(%b::bigint[], %s::text[], %s::jsonb[]) AS event
+            """,
+            [
+                drop_id,
+                now,
+                [row.seq for row in rows],
+                [row.type for row in rows],
+                [orjson.dumps(row.data, default=str).decode() for row in rows],
+            ],
+        )
     transaction.on_commit(partial(publish, drop_id, rows))

@@ -1,4 +1,3 @@
-import uuid
 from datetime import datetime
 
 from django.conf import settings
@@ -7,6 +6,7 @@ from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from config.database import ClockTimestamp
+from config.ids import new_id
 
 
 class ReservationStatus(models.TextChoices):
@@ -41,7 +41,7 @@ class Reservation(models.Model):
     Rows are never deleted, so the stock can be recomputed from them at any time.
     """
 
-    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    id = models.UUIDField(primary_key=True, default=new_id, editable=False)
     # Without database constraints: each would lock and look up the hot row again per
     # reservation. The service holds both rows locked, and a trigger keeps them from being
     # deleted (docs/adr/0004).

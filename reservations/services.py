@@ -22,6 +22,7 @@ from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import APIException, ErrorDetail, ValidationError
 
 from config.database import ClockTimestamp, read_clock
+from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, Variant
@@ -165,17 +166,22 @@ class Settlement:
             raise self.shortage(variant)
 
     def hold(self, claim: Claim, variant: Variant) -> Reservation:
+        drop = self.drop
+        # By position, in the order of the fields: half the time of keywords, and this line
+        # runs once for each unit that is sold.
         reservation = Reservation(
-            drop_id=self.drop.pk,
-            variant_id=variant.pk,
-            user_id=claim.user_id,
-            quantity=claim.quantity,
-            unit_price=self.drop.price,
-            currency=self.drop.currency,
-            created_at=self.now,
-            expires_at=self.expires_at,
+            new_id(),
+            drop.pk,
+            variant.pk,
+            claim.user_id,
+            claim.quantity,
+            drop.price,
+            drop.currency,
+            ReservationStatus.ACTIVE.value,
+            self.now,
+            self.expires_at,
         )
-        reservation.drop = self.drop
+        reservation.drop = drop
         reservation.read_at = self.now
         reservation.is_new = True
         self.locked.move(variant, available=-claim.quantity)

@@ -183,13 +183,25 @@ def session_uvicorn(django_db_setup, django_db_blocker) -> Iterator[WebServer]:
 
 @pytest.fixture
 def web_servers(session_web_servers, transactional_db) -> Iterator[tuple[WebServer, ...]]:
-    """Two daphne processes on an empty database; what they do must not be worth a traceback."""
+    """Two daphne processes on an empty database."""
     with without_tracebacks(*session_web_servers):
         yield session_web_servers
 
 
+@pytest.fixture(params=["daphne", "uvicorn"])
+def web_server(request, transactional_db) -> Iterator[WebServer]:
+    """One server on an empty database, once of each kind."""
+    if request.param == "daphne":
+        server = request.getfixturevalue("session_web_servers")[0]
+    else:
+        server = request.getfixturevalue("session_uvicorn")
+    with without_tracebacks(server):
+        yield server
+
+
 @contextmanager
 def without_tracebacks(*servers: WebServer) -> Iterator[None]:
+    """Check that the servers live on, and that nothing in the block was an error to them."""
     lines_before = [len(server.lines) for server in servers]
     yield
     for server, before in zip(servers, lines_before, strict=True):

@@ -29,7 +29,7 @@ from realtime.models import Event
 from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, release, reserve
 from tests.concurrency import at_once
-from tests.servers import WebServer, without_tracebacks
+from tests.servers import WebServer
 from users.models import User
 from users.tests.factories import UserFactory
 
@@ -97,16 +97,6 @@ def follow(listen) -> Callable[..., Listener]:
     return start
 
 
-@pytest.fixture(params=["daphne", "uvicorn"])
-def server(request, transactional_db) -> Iterator[WebServer]:
-    if request.param == "daphne":
-        server = request.getfixturevalue("session_web_servers")[0]
-    else:
-        server = request.getfixturevalue("session_uvicorn")
-    with without_tracebacks(server):
-        yield server
-
-
 def make_overdue(reservation_id: uuid.UUID | str) -> None:
     Reservation.objects.filter(pk=reservation_id).update(
         created_at="2020-01-01T00:00:00Z", expires_at="2020-01-01T00:01:00Z"
@@ -142,8 +132,8 @@ def test_a_socket_of_all_drops_starts_with_the_current_ones(web_servers, listen)
     assert [drop["id"] for drop in frame["data"]["drops"]] == [str(drop.pk) for drop in current]
 
 
-def test_a_snapshot_of_nothing_is_empty(server, listen):
-    assert listen(server).next()["data"] == {"drops": []}
+def test_a_snapshot_of_nothing_is_empty(web_server, listen):
+    assert listen(web_server).next()["data"] == {"drops": []}
 
 
 # --- Events -----------------------------------------------------------------------------
@@ -424,8 +414,8 @@ def test_a_socket_survives_silence_longer_than_any_timeout_of_redis(web_servers,
 # --- Messages ---------------------------------------------------------------------------
 
 
-def test_a_ping_is_answered(server, follow):
-    listener = follow(server)
+def test_a_ping_is_answered(web_server, follow):
+    listener = follow(web_server)
 
     listener.send(action="ping")
 
@@ -433,9 +423,9 @@ def test_a_ping_is_answered(server, follow):
     assert (frame["type"], frame["data"]) == ("PONG", {})
 
 
-def test_a_socket_of_one_drop_can_watch_another_for_a_while(server, follow):
+def test_a_socket_of_one_drop_can_watch_another_for_a_while(web_server, follow):
     own, other, user = DropFactory(), DropFactory(), UserFactory()
-    listener = follow(server, own)
+    listener = follow(web_server, own)
 
     listener.send(action="subscribe", dropId=str(other.pk).upper())
     snapshot = listener.next()
@@ -487,17 +477,17 @@ GARBAGE: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
-def test_closes_on_what_is_no_message(server, follow, garbage):
-    listener = follow(server)
+def test_closes_on_what_is_no_message(web_server, follow, garbage):
+    listener = follow(web_server)
 
     listener.socket.send(garbage)
 
     assert listener.close_code() == BAD_MESSAGE
-    assert follow(server)
+    assert follow(web_server)
 
 
-def test_a_storm_of_garbage_ends_one_socket_only(server, follow):
-    bystander, culprit = follow(server), follow(server)
+def test_a_storm_of_garbage_ends_one_socket_only(web_server, follow):
+    bystander, culprit = follow(web_server), follow(web_server)
 
     with contextlib.suppress(ConnectionClosed):  # the server may be quicker
         for number in range(200):
@@ -508,15 +498,15 @@ def test_a_storm_of_garbage_ends_one_socket_only(server, follow):
     assert bystander.next()["type"] == "PONG"
 
 
-def test_a_huge_message_ends_the_socket_and_not_the_server(server, follow):
-    listener = follow(server)
+def test_a_huge_message_ends_the_socket_and_not_the_server(web_server, follow):
+    listener = follow(web_server)
 
     with contextlib.suppress(ConnectionClosed):  # the server may end it before it is through
         listener.socket.send("x" * 2_000_000)
     with pytest.raises(ConnectionClosed):
         listener.next()
 
-    assert follow(server)
+    assert follow(web_server)
 
 
 def test_a_thousand_fuzzed_messages_are_refused(web_servers, follow):
@@ -569,20 +559,22 @@ def fuzzed(choose: random.Random) -> str | bytes:
         ("/ws/drops", [("X-User-Id", SOME_ID), ("X-User-Id", SOME_ID)], INVALID_IDENTITY),
     ],
 )
-def test_closes_with_the_reason_as_code(server, listen, path, headers, code):
-    assert listen(server, path, headers).close_code() == code
+def test_closes_with_the_reason_as_code(web_server, listen, path, headers, code):
+    assert listen(web_server, path, headers).close_code() == code
 
 
-def test_a_subscription_to_an_unknown_drop_closes(server, follow):
-    listener = follow(server)
+def test_a_subscription_to_an_unknown_drop_closes(web_server, follow):
+    listener = follow(web_server)
 
     listener.send(action="subscribe", dropId=SOME_ID)
 
     assert listener.close_code() == NOT_FOUND
 
 
-def test_a_valid_identity_is_accepted(server, listen):
-    listener = listen(server, headers={"X-User-Id": SOME_ID, "Origin": "https://anywhere.example"})
+def test_a_valid_identity_is_accepted(web_server, listen):
+    listener = listen(
+        web_server, headers={"X-User-Id": SOME_ID, "Origin": "https://anywhere.example"}
+    )
 
     assert listener.next()["type"] == "SNAPSHOT"
     assert User.objects.count() == 0

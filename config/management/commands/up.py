@@ -135,7 +135,8 @@ def server_command(server: str, host: str, port: int, workers: int) -> list[str]
     return [
         *("-m", "uvicorn", "config.asgi:application", "--host", host, "--port", str(port)),
         *("--workers", str(workers), "--log-level", "warning", "--no-access-log"),
-        *("--lifespan", "off", "--ws", "websockets", "--ws-max-size", "16384"),
+        *("--no-proxy-headers", "--lifespan", "off"),
+        *("--ws", "websockets", "--ws-max-size", "16384"),
         *("--timeout-graceful-shutdown", str(STOP_TIMEOUT_SECONDS - 5)),
     ]
 

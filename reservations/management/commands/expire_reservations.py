@@ -3,7 +3,7 @@ from typing import Any
 
 import psycopg_pool
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import InterfaceError, OperationalError, close_old_connections
 
 from config.stopping import StopRequest
@@ -36,6 +36,8 @@ class Command(BaseCommand):
         )
 
     def handle(self, *, once: bool, batch: int, **options: Any) -> None:
+        if batch < 1:
+            raise CommandError("--batch must be 1 or more.")
         if once:
             count = sum(len(holds.reservation_ids) for holds in expire_all_due(batch))
             self.stdout.write(f"{count} reservations expired.")

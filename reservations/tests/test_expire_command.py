@@ -1,0 +1,191 @@
+"""``manage.py expire_reservations`` as a process of its own."""
+
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from io import StringIO
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
+from django.db.models import F
+
+from config.database import read_clock
+from drops.models import Drop, Variant
+from drops.tests.factories import DropFactory
+from purchases.audit import audit_stock
+from realtime.models import Event, EventType
+from reservations.models import Reservation, ReservationStatus
+from reservations.tests.factories import ReservationFactory
+from tests.servers import Process
+from users.models import User
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+# A loop that sleeps this long wakes for a hold, or not while the test lasts.
+SLEEPY = {"EXPIRY_POLL_MS": "60000"}
+
+
+def create_overdue_holds(count: int) -> Drop:
+    """Make a drop of ``count`` units, all of them held by a user each, all overdue."""
+    drop = DropFactory(sizes={"EU 42": count - count // 2, "EU 43": count // 2})
+    users = User.objects.bulk_create(
+        User(username=f"holder_{number}", password="") for number in range(count)
+    )
+    sizes = [variant.pk for variant in drop.variants.all()]
+    now = read_clock()
+    Reservation.objects.bulk_create(
+        Reservation(
+            drop=drop,
+            variant_id=sizes[number % 2],
+            user=user,
+            quantity=1,
+            unit_price=drop.price,
+            currency=drop.currency,
+            created_at=now - timedelta(minutes=2),
+            expires_at=now - timedelta(minutes=1),
+        )
+        for number, user in enumerate(users)
+    )
+    for stock in (Drop.objects.filter(pk=drop.pk), Variant.objects.filter(drop=drop)):
+        stock.update(available_stock=0)
+    return drop
+
+
+def expired() -> int:
+    return Reservation.objects.filter(status=ReservationStatus.EXPIRED).count()
+
+
+def wait_until(is_true: Callable[[], bool], process: Process, timeout: float = 20) -> None:
+    """Ask the database again and again: nothing tells this process of the other's commits."""
+    give_up_at = time.monotonic() + timeout
+    while not is_true():
+        assert process.is_running, process.log
+        assert time.monotonic() < give_up_at, process.log
+        time.sleep(0.01)
+
+
+def told_reservation_ids() -> list[uuid.UUID]:
+    events = Event.objects.filter(type=EventType.RESERVATION_EXPIRED)
+    return [uuid.UUID(data["reservationId"]) for data in events.values_list("data", flat=True)]
+
+
+def is_as_it_was_before_the_holds(drop: Drop) -> bool:
+    drop.refresh_from_db()
+    return drop.available_stock == drop.total_stock and audit_stock().differences == []
+
+
+@pytest.mark.servers
+def test_ten_thousand_holds_are_back_with_their_events_within_five_seconds(start_expiry):
+    drop = create_overdue_holds(10_000)
+    loop = start_expiry(**SLEEPY)
+    loop.wait_for_line("expiring reservations")
+    started = time.monotonic()
+
+    wait_until(lambda: expired() == 10_000, loop)
+
+    assert time.monotonic() - started < 5
+    assert is_as_it_was_before_the_holds(drop)
+    told = told_reservation_ids()
+    assert len(told) == 10_000
+    assert set(told) == set(Reservation.objects.values_list("pk", flat=True))
+    assert drop.events.count() == drop.seq == 10_010  # and the stock after each thousand
+
+
+@pytest.mark.servers
+def test_two_loops_expire_nothing_twice(start_expiry):
+    drop = create_overdue_holds(2000)
+    loops = [start_expiry("--batch", "50", **SLEEPY) for _ in range(2)]
+
+    wait_until(lambda: expired() == 2000, loops[0])
+
+    for loop in loops:
+        loop.wait_for_line("expiring reservations")
+        loop.send_signal(signal.SIGTERM)
+        assert loop.wait() == 0
+    assert is_as_it_was_before_the_holds(drop)
+    told = told_reservation_ids()
+    assert len(told) == len(set(told)) == 2000
+    assert drop.seq == 2040
+
+
+@pytest.mark.servers
+def test_wakes_when_a_hold_is_due_and_stops_at_once_on_sigterm(start_expiry):
+    hold = ReservationFactory(expires_at=read_clock() + timedelta(seconds=3))
+    loop = start_expiry(**SLEEPY)
+    loop.wait_for_line("expiring reservations")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep_until(%s)", [hold.expires_at])
+    due = time.monotonic()
+
+    wait_until(lambda: expired() == 1, loop)
+    assert time.monotonic() - due < 1
+
+    stopping = time.monotonic()
+    loop.send_signal(signal.SIGTERM)
+    assert loop.wait() == 0
+    assert time.monotonic() - stopping < 1
+
+
+@pytest.mark.servers
+def test_stops_between_two_batches_of_a_backlog(start_expiry):
+    drop = create_overdue_holds(5000)
+    loop = start_expiry("--batch", "10", **SLEEPY)
+    wait_until(lambda: expired() > 0, loop)
+
+    stopping = time.monotonic()
+    loop.send_signal(signal.SIGTERM)
+    assert loop.wait() == 0
+
+    assert time.monotonic() - stopping < 1
+    assert 0 < expired() < 5000
+    drop.refresh_from_db()
+    assert drop.available_stock == expired()
+    assert audit_stock().differences == []
+
+
+@pytest.mark.servers
+def test_survives_a_restart_of_the_database(start_expiry, servers):
+    if servers is None:
+        pytest.skip("an outside PostgreSQL can't be restarted")
+    ReservationFactory(overdue=True)
+    loop = start_expiry(EXPIRY_POLL_MS="50")
+    wait_until(lambda: expired() == 1, loop)
+
+    with connection.cursor() as cursor:
+        cursor.execute("CHECKPOINT")  # test servers don't wait for the disk
+    servers.restart_postgres()
+    connection.close()
+    ReservationFactory(overdue=True)
+
+    wait_until(lambda: expired() == 2, loop)
+
+
+def test_once_expires_all_that_is_due_and_nothing_else():
+    overdue = ReservationFactory.create_batch(3, overdue=True)
+    active = ReservationFactory()
+    output = StringIO()
+
+    call_command("expire_reservations", "--once", "--batch", "2", stdout=output)
+
+    assert output.getvalue() == "3 reservations expired.\n"
+    assert set(told_reservation_ids()) == {hold.pk for hold in overdue}
+    active.refresh_from_db()
+    assert active.status == ReservationStatus.ACTIVE
+    assert not Drop.objects.exclude(total_stock=F("available_stock")).exclude(pk=active.drop_id)
+
+
+def test_once_with_nothing_due_does_nothing():
+    output = StringIO()
+
+    call_command("expire_reservations", "--once", stdout=output)
+
+    assert output.getvalue() == "0 reservations expired.\n"
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "many"])
+def test_refuses_a_batch_that_is_no_positive_number(batch):
+    with pytest.raises(CommandError, match="batch"):
+        call_command("expire_reservations", "--once", "--batch", batch)

@@ -1,0 +1,463 @@
+"""What only a real server process can be asked: odd bytes, large bodies, headers, methods."""
+
+import http.client
+import json
+import re
+import socket
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from drops.models import Drop
+from drops.tests.factories import DropFactory
+from tests.servers import WebServer
+from users.models import User
+from users.tests.factories import UserFactory
+
+pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
+
+TWO_MEGABYTES = 2 * 1024 * 1024
+SOMEBODY = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
+
+
+@pytest.fixture
+def client(web_server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=web_server.url, timeout=10) as client:
+        yield client
+
+
+def problem_of(response: httpx.Response) -> tuple[int, str]:
+    """Return status and code of an error, having checked that it is a problem document."""
+    document = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert document["status"] == response.status_code
+    assert document["request_id"] == response.headers["x-request-id"]
+    return response.status_code, document["code"]
+
+
+def exchange(server: WebServer, *parts: bytes) -> tuple[int, dict[str, str], bytes] | None:
+    """Send bytes as they are; return status, headers and body, or None for a closed line."""
+    with server.connect() as line:
+        try:
+            for part in parts:
+                line.sendall(part)
+            answer = http.client.HTTPResponse(line)
+            answer.begin()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        except (http.client.BadStatusLine, ConnectionError):
+            return None
+
+
+def request_bytes(method: str, path: str, *headers: bytes) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1".encode(), b"Host: localhost", *headers, b"", b""]
+    return b"\r\n".join(lines)
+
+
+def is_alive(server: WebServer) -> bool:
+    return httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
+
+
+def test_says_that_it_is_up(client):
+    response = client.get("/healthz")
+
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+# --- Large bodies -----------------------------------------------------------------------
+
+
+def test_refuses_a_large_body(web_server, client):
+    headers = {"X-User-Id": SOMEBODY, "X-Request-Id": "large-1"}
+
+    response = client.post("/api/drops", content=b" " * TWO_MEGABYTES, headers=headers)
+
+    assert problem_of(response) == (413, "body_too_large")
+    assert response.headers["x-request-id"] == "large-1"
+    assert User.objects.count() == 0
+    assert is_alive(web_server)
+
+
+def test_refuses_a_large_chunked_body(web_server, client):
+    chunks = (b" " * 65_536 for _ in range(32))
+
+    response = client.post("/api/drops", content=chunks, headers={"X-User-Id": SOMEBODY})
+
+    assert problem_of(response) == (413, "body_too_large")
+    assert User.objects.count() == 0
+    assert is_alive(web_server)
+
+
+def test_takes_a_small_chunked_body(client):
+    body = json.dumps({"name": "Ember", "price": "199.00", "total_stock": 3}).encode()
+    headers = {"X-User-Id": SOMEBODY, "Content-Type": "application/json"}
+
+    response = client.post("/api/drops", content=iter([body[:10], body[10:]]), headers=headers)
+
+    assert response.status_code == 201
+    assert Drop.objects.get().name == "Ember"
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"Content-Length: 2097152", b""),
+        (b"Transfer-Encoding: chunked", b"8000\r\n" + b" " * 0x8000 + b"\r\n"),
+    ],
+    ids=["declared", "chunked"],
+)
+def test_refuses_a_large_body_without_reading_it_all(
+    session_uvicorn, transactional_db, header, body
+):
+    """Of uvicorn only: daphne hands a request to the application when it is complete."""
+    head = request_bytes("POST", "/api/drops", header, b"Content-Type: application/json")
+
+    status, headers, answer = exchange(session_uvicorn, head, body)
+
+    assert (status, json.loads(answer)["code"]) == (413, "body_too_large")
+    assert headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1e3", b"0x10", b"5, 5", b"9" * 5000, b"", b"\xb2"])
+def test_survives_an_absurd_length(web_server, length):
+    head = request_bytes("POST", "/api/drops", b"Content-Length: " + length)
+
+    answer = exchange(web_server, head, b"{}")
+
+    assert answer is None or answer[0] in (400, 411, 413, 431)
+    assert is_alive(web_server)
+
+
+# --- Headers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/drops", "/api/me", f"/api/drops/{SOMEBODY}", "/api/schema"])
+@pytest.mark.parametrize("second", [SOMEBODY, "me", ""])
+def test_refuses_a_repeated_identity(client, path, second):
+    response = client.get(path, headers=[("X-User-Id", SOMEBODY), ("X-User-Id", second)])
+
+    assert problem_of(response) == (401, "invalid_identity")
+    assert User.objects.count() == 0
+
+
+@pytest.mark.parametrize("call", ["reserve", "purchase"])
+def test_refuses_a_repeated_identity_of_a_buyer(client, call):
+    drop, user = DropFactory(), UserFactory()
+    twice = [("X-User-Id", str(user.pk))] * 2
+
+    response = client.post(f"/api/drops/{drop.pk}/{call}", headers=twice)
+
+    assert problem_of(response) == (401, "invalid_identity")
+    drop.refresh_from_db()
+    assert drop.available_stock == 10
+
+
+@pytest.mark.parametrize("call", ["reserve", "purchase"])
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"\xc3\x28" * 18, b"\xed\xa0\x80", b"\xf0\x9f"])
+def test_refuses_an_identity_that_is_no_utf8(client, call, value):
+    drop = DropFactory()
+
+    response = client.post(f"/api/drops/{drop.pk}/{call}", headers={b"X-User-Id": value})
+
+    assert problem_of(response) == (401, "invalid_identity")
+
+
+def test_a_name_that_is_no_utf8_is_read_as_latin_1(client):
+    headers = {b"X-User-Id": SOMEBODY.encode(), b"X-User-Name": b"Ren\xe9e"}
+
+    response = client.get("/api/me", headers=headers)
+
+    assert (response.status_code, response.json()["username"]) == (200, "Renée")
+
+
+def test_a_name_may_be_utf8(client):
+    headers = {b"X-User-Id": SOMEBODY.encode(), b"X-User-Name": "Łucja 🥇".encode()}
+
+    assert client.get("/api/me", headers=headers).json()["username"] == "Łucja 🥇"
+
+
+@pytest.mark.parametrize("key", [b"\xff", "schlüssel".encode(), b"a\tb", b""])
+def test_refuses_an_idempotency_key_that_is_no_printable_ascii(client, key):
+    drop, user = DropFactory(), UserFactory()
+    headers = {b"X-User-Id": str(user.pk).encode(), b"Idempotency-Key": key}
+
+    response = client.post(f"/api/drops/{drop.pk}/reserve", headers=headers)
+
+    assert response.status_code == 400
+    assert problem_of(response) == (400, "validation_error")
+    drop.refresh_from_db()
+    assert drop.available_stock == 10
+
+
+@pytest.mark.parametrize("path", ["/api/drops", "/api/me", "/api/nowhere", "/healthz", "/nowhere"])
+def test_a_request_id_is_echoed(client, path):
+    response = client.get(path, headers={"X-Request-Id": "trace-7.a:b_C"})
+
+    assert response.headers["x-request-id"] == "trace-7.a:b_C"
+
+
+@pytest.mark.parametrize("given", [None, b"", b"two words", b"\xff", b"x" * 129, b"<script>"])
+def test_a_request_without_a_usable_id_gets_one(client, given):
+    headers = {} if given is None else {b"X-Request-Id": given}
+
+    identifiers = {
+        client.get("/api/drops", headers=headers).headers["x-request-id"] for _ in range(3)
+    }
+
+    assert len(identifiers) == 3
+    assert all(re.fullmatch(r"[0-9a-f]{32}", identifier) for identifier in identifiers)
+
+
+# --- Addresses --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/drops/%00",
+        f"/api/drops/{SOMEBODY}%00",
+        "/api/drops/%00/reserve",
+        "/api/reservations/%00",
+        "/api/%00",
+        "/api/drops/%ff",
+        "/api/drops/%ED%A0%80",
+        "/api/drops/%",
+        "/api/drops/%2e%2e/%2e%2e/etc",
+        "/api/drops/..%2f..%2fetc%2fpasswd",
+        "/api//drops",
+    ],
+)
+def test_an_address_that_names_nothing_is_not_found(web_server, path):
+    answer = exchange(web_server, request_bytes("GET", path, b"X-User-Id: " + SOMEBODY.encode()))
+
+    assert answer is not None
+    status, headers, body = answer
+    assert (status, json.loads(body)["code"]) == (404, "not_found")
+    assert headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/%00", "/static/%00", "/admin/%00", "/static/..%2f..%2fmanage.py", "/%ff", "/\xe9", "/%"],
+)
+def test_an_odd_address_elsewhere_is_no_error_of_the_server(web_server, path):
+    answer = exchange(web_server, request_bytes("GET", path).replace("\xe9".encode(), b"\xe9"))
+
+    assert answer is None or answer[0] in (301, 302, 400, 404)
+    assert is_alive(web_server)
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=%00", "limit=%ff", "offset=%ED%A0%80", "status=%00", "%00=%00", "limit=9" * 500],
+)
+def test_an_odd_query_is_no_error_of_the_server(client, query):
+    assert client.get(f"/api/drops?{query}").status_code in (200, 400)
+
+
+@pytest.mark.parametrize("length", [2_000, 8_000, 70_000, 1_000_000])
+def test_a_very_long_address_is_refused(web_server, length):
+    answer = exchange(web_server, request_bytes("GET", "/api/drops/" + "a" * length))
+
+    assert answer is None or answer[0] in (400, 404, 414, 431)
+    assert is_alive(web_server)
+
+
+def test_many_and_long_headers_are_refused(web_server):
+    headers = [f"X-Filler-{number}: {'a' * 2000}".encode() for number in range(600)]
+
+    answer = exchange(web_server, request_bytes("GET", "/api/drops", *headers))
+
+    assert answer is None or answer[0] in (200, 400, 431)
+    assert is_alive(web_server)
+
+
+# --- Methods ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/api/drops", {"GET", "POST"}),
+        ("PUT", "/api/drops/", {"GET", "POST"}),
+        ("POST", "/api/drops/{id}", {"GET", "PATCH"}),
+        ("PUT", "/api/drops/{id}", {"GET", "PATCH"}),
+        ("DELETE", "/api/drops/{id}", {"GET", "PATCH"}),
+        ("GET", "/api/drops/{id}/reserve", {"POST"}),
+        ("DELETE", "/api/drops/{id}/reserve/", {"POST"}),
+        ("PATCH", "/api/drops/{id}/purchase", {"POST"}),
+        ("POST", "/api/reservations", {"GET"}),
+        ("PATCH", "/api/reservations/{id}", {"GET", "DELETE"}),
+        ("DELETE", "/api/purchases/{id}", {"GET"}),
+        ("POST", "/api/me", {"GET"}),
+        ("GET", "/api/internal/expire-now", {"POST"}),
+    ],
+)
+def test_names_the_methods_that_an_address_takes(client, method, path, allowed):
+    drop, user = DropFactory(), UserFactory()
+    headers = {"X-User-Id": str(user.pk)}
+
+    response = client.request(method, path.format(id=drop.pk), headers=headers)
+
+    assert problem_of(response) == (405, "method_not_allowed")
+    assert allowed <= set(response.headers["allow"].split(", "))
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "BREW", "get", "PROPFIND"])
+def test_an_unusual_method_is_refused(web_server, method):
+    answer = exchange(web_server, request_bytes(method, "/api/drops"))
+
+    assert answer is None or answer[0] in (400, 405, 501)
+    assert is_alive(web_server)
+
+
+def test_a_head_request_has_headers_only(client):
+    drop = DropFactory()
+
+    response = client.head(f"/api/drops/{drop.pk}")
+
+    assert (response.status_code, response.content) == (200, b"")
+
+
+# --- Other origins ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/drops", "/api/drops/{id}/reserve", "/api/drops/{id}"])
+def test_a_browser_may_ask_from_another_origin(client, path):
+    drop = DropFactory()
+    names = "idempotency-key, x-request-id, x-user-id, x-user-name, content-type"
+
+    response = client.options(
+        path.format(id=drop.pk),
+        headers={
+            "Origin": "https://shop.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": names,
+        },
+    )
+
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert set(names.split(", ")) <= names_in(response, "access-control-allow-headers")
+    assert {"post", "patch", "delete"} <= names_in(response, "access-control-allow-methods")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/api/drops", 200),
+        ("GET", "/api/drops/{id}", 200),
+        ("POST", "/api/drops/{id}/reserve", 201),
+        ("POST", "/api/drops/{id}/purchase", 409),
+        ("GET", "/api/me", 200),
+        ("GET", "/api/drops/7", 404),
+        ("POST", "/api/drops", 413),
+    ],
+)
+def test_a_page_of_another_origin_may_read_the_answer(client, method, path, status):
+    drop, user = DropFactory(), UserFactory()
+    headers = {"Origin": "https://shop.example", "X-User-Id": str(user.pk)}
+    body = b" " * 20_000 if status == 413 else b""
+
+    response = client.request(method, path.format(id=drop.pk), headers=headers, content=body)
+
+    assert response.status_code == status
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert names_in(response, "access-control-expose-headers") == {
+        "idempotent-replayed",
+        "retry-after",
+        "x-request-id",
+    }
+
+
+def names_in(response: httpx.Response, header: str) -> set[str]:
+    return {name.strip().lower() for name in response.headers[header].split(",")}
+
+
+# --- What is no HTTP --------------------------------------------------------------------
+
+MALFORMED: dict[str, bytes] = {
+    "noise": bytes(range(256)) * 4,
+    "a greeting": b"HELO there\r\n\r\n",
+    "no version": b"GET /api/drops\r\n\r\n",
+    "an unknown version": b"GET /api/drops HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /api/drops HTTP/1.1\r\n\r\n",
+    "a host that is none": request_bytes("GET", "/api/drops").replace(b"localhost", b"a b\x00c"),
+    "two hosts": request_bytes("GET", "/api/drops", b"Host: evil.example"),
+    "a header without a colon": request_bytes("GET", "/api/drops", b"X-User-Id"),
+    "a NUL in a header": request_bytes("GET", "/api/drops", b"X-User-Id: \x00"),
+    "a folded header": request_bytes("GET", "/api/drops", b"X-User-Id: a\r\n b"),
+    "a broken chunk": request_bytes("POST", "/api/drops", b"Transfer-Encoding: chunked")
+    + b"zz\r\n{}\r\n0\r\n\r\n",
+    "two lengths": request_bytes("POST", "/api/drops", b"Content-Length: 2", b"Content-Length: 3")
+    + b"{}",
+    "a length and chunks": request_bytes(
+        "POST", "/api/drops", b"Content-Length: 2", b"Transfer-Encoding: chunked"
+    )
+    + b"0\r\n\r\n",
+    "an unknown coding": request_bytes("POST", "/api/drops", b"Transfer-Encoding: br") + b"{}",
+    "TLS": bytes.fromhex("16030100a5010000a10303") + bytes(160),
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "a broken WebSocket": request_bytes(
+        "GET", "/ws/drops", b"Upgrade: websocket", b"Connection: Upgrade"
+    ),
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+def test_survives_what_is_no_http(web_server, data):
+    with web_server.connect() as line:
+        line.settimeout(1)
+        answer = send_and_read(line, data)
+
+    assert answer == b"" or 200 <= status_of(answer) < 500
+    assert is_alive(web_server)
+    assert User.objects.count() == 0
+
+
+def send_and_read(line: socket.socket, data: bytes) -> bytes:
+    """Return the start of the answer; nothing for a closed line or a server that waits for more."""
+    try:
+        line.sendall(data)
+        line.shutdown(socket.SHUT_WR)
+        return line.recv(4096)
+    except (ConnectionError, TimeoutError):
+        return b""
+
+
+def status_of(answer: bytes) -> int:
+    return int(re.match(rb"HTTP/1\.[01] (\d{3})", answer)[1])
+
+
+def test_survives_clients_that_leave_in_the_middle(web_server):
+    drop = DropFactory()
+    whole = request_bytes(
+        "POST", f"/api/drops/{drop.pk}/reserve", f"X-User-Id: {uuid.uuid4()}".encode()
+    )
+
+    for length in range(1, len(whole), 7):
+        with web_server.connect() as line:
+            line.sendall(whole[:length])
+
+    assert is_alive(web_server)
+    drop.refresh_from_db()
+    assert drop.available_stock == 10
+
+
+def test_a_request_that_was_cut_short_changes_nothing(web_server):
+    user: Any = UserFactory()
+    head = request_bytes(
+        "POST",
+        "/api/drops",
+        f"X-User-Id: {user.pk}".encode(),
+        b"Content-Type: application/json",
+        b"Content-Length: 500",
+    )
+
+    with web_server.connect() as line:
+        line.sendall(head + b'{"name": "Ember", "price": "1.00", "total_stock": 1}')
+
+    assert is_alive(web_server)
+    assert Drop.objects.count() == 0
