@@ -23,12 +23,19 @@ def django_db_modify_db_settings(servers):
     """Start the servers before pytest-django creates the test database."""
 
 
+@pytest.fixture(scope="session")
+def handler():
+    """One handler for all API clients: each of its own would list the static files anew."""
+    return APIClient().handler
+
+
 @pytest.fixture
-def client_of():
+def client_of(handler):
     """Return a function that makes an API client speak for a user, or for nobody."""
 
     def make(user=None, **headers):
         client = APIClient()
+        client.handler = handler
         if user is not None:
             headers["HTTP_X_USER_ID"] = str(getattr(user, "pk", user))
         client.credentials(**headers)

@@ -40,7 +40,10 @@ class BodyLimit:
         body = await self._read(receive)
         if body is None:
             return await self._refuse(headers, send)
-        return await self.application(scope, replay(body, receive), send)
+        # DRF takes a request that names no length for one without a body.
+        length = (b"content-length", str(len(body)).encode())
+        whole = {**scope, "headers": [*scope["headers"], length]}
+        return await self.application(whole, replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         """Return the whole body, or None as soon as it is too large or the client is gone."""

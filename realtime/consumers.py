@@ -20,6 +20,7 @@ BAD_MESSAGE = 4400
 INVALID_IDENTITY = 4401
 NOT_FOUND = 4404
 TOO_SLOW = 4408
+SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
 
 
@@ -105,12 +106,20 @@ class DropConsumer(AsyncWebsocketConsumer):
     def offer_heartbeat(self, frame: str) -> None:
         self._queue(frame)
 
+    def reconnect(self) -> None:
+        self._close_soon(SERVICE_RESTART, "connect again")
+
+    def _close_soon(self, code: int, reason: str) -> None:
+        self.hub.forget(self)
+        closing = asyncio.ensure_future(self.close(code, reason))
+        # The loop itself keeps only a weak reference.
+        self.closing = closing
+
     def _queue(self, frame: str) -> None:
         try:
             self.frames.put_nowait(frame)
         except asyncio.QueueFull:
-            self.hub.forget(self)
-            asyncio.ensure_future(self.close(TOO_SLOW, "too slow"))
+            self._close_soon(TOO_SLOW, "too slow")
 
     async def _write(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):

@@ -31,6 +31,7 @@ class Socket(Protocol):
 
     def offer(self, drop_id: str, seq: int, frame: str) -> None: ...
     def offer_heartbeat(self, frame: str) -> None: ...
+    def reconnect(self) -> None: ...
 
 
 class Hub:
@@ -121,12 +122,25 @@ class Hub:
         """Compare with the database again and again, and read what never arrived."""
         while True:
             await asyncio.sleep(CATCH_UP_SECONDS)
+            before = dict(self._seqs)
             try:
                 for drop_id, seq in (await database_sync_to_async(log.current_seqs)()).items():
-                    if seq > self._seqs.get(drop_id, 0):
+                    known = self._seqs.get(drop_id, 0)
+                    if seq > known:
                         await self._read_missed(drop_id, seq)
+                    elif seq < known and known == before.get(drop_id):
+                        self._start_over(drop_id, seq)
             except DatabaseError as exc:
                 logger.warning("the event log can't be read: %s", exc)
+
+    def _start_over(self, drop_id: str, seq: int) -> None:
+        """Follow a drop whose numbers went back: a restored backup, or fresh demo data.
+
+        Its sockets know a past that is gone; they are told to connect again.
+        """
+        self._seqs[drop_id] = seq
+        for socket in self._watching_all | self._watching.get(drop_id, set()):
+            socket.reconnect()
 
     async def _beat(self) -> None:
         while True:

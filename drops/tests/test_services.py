@@ -147,59 +147,67 @@ def test_leaves_what_it_was_not_asked_to_change(db):
     assert stock(drop) == (5, 5, 0)
 
 
-CHANGES = [(before, after) for before in DropStatus for after in DropStatus if before != after]
+MAY_BECOME = {
+    "draft": {"scheduled", "live", "paused", "cancelled"},
+    "scheduled": {"live", "paused", "ended", "cancelled"},
+    "live": {"scheduled", "paused", "ended", "cancelled"},
+    "paused": {"scheduled", "live", "ended", "cancelled"},
+    "ended": {"cancelled"},
+    "cancelled": set(),
+}
+CHANGES = [(before, after) for before in MAY_BECOME for after in MAY_BECOME if before != after]
 
 
-@pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_the_status_only_goes_where_it_may(db, before, after):
-    starts_at = timezone.now() + HOUR
-    drop = DropFactory(status=before, starts_at=starts_at)
-    is_allowed = {
-        "draft": {"scheduled", "live", "paused", "cancelled"},
-        "scheduled": {"live", "paused", "ended", "cancelled"},
-        "live": {"scheduled", "paused", "ended", "cancelled"},
-        "paused": {"scheduled", "live", "ended", "cancelled"},
-        "ended": {"cancelled"},
-        "cancelled": set(),
-    }[before]
+@pytest.mark.parametrize(("before", "after"), [c for c in CHANGES if c[1] in MAY_BECOME[c[0]]])
+def test_a_status_goes_where_it_may(db, before, after):
+    drop = DropFactory(status=before, starts_at=timezone.now() + HOUR)
 
-    if after in is_allowed:
-        update_drop(drop.pk, status=after)
-        drop.refresh_from_db()
-        assert (drop.status, drop.seq) == (after, 1)
-        return
+    update_drop(drop.pk, status=after)
+
+    drop.refresh_from_db()
+    assert (drop.status, drop.seq) == (after, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [c for c in CHANGES if c[1] not in MAY_BECOME[c[0]]])
+def test_a_status_goes_nowhere_else(db, before, after):
+    drop = DropFactory(status=before, starts_at=timezone.now() + HOUR)
+
     with pytest.raises(ValidationError) as refusal:
         update_drop(drop.pk, status=after)
+
     assert codes(refusal) == {"status": ["not_allowed"]}
     drop.refresh_from_db()
     assert (drop.status, drop.seq) == (before, 0)
 
 
 def test_the_table_of_status_changes_names_every_status():
-    assert set(ALLOWED_STATUS_CHANGES) == set(DropStatus)
+    assert ALLOWED_STATUS_CHANGES == MAY_BECOME
+    assert set(MAY_BECOME) == set(DropStatus)
 
 
 @pytest.mark.parametrize(
-    ("currency", "price", "is_fine"),
+    ("currency", "price"),
     [
-        ("USD", "199.00", True),
-        ("USD", "199.000", True),
-        ("USD", "199.001", False),
-        ("JPY", "25000", True),
-        ("JPY", "25000.00", True),
-        ("JPY", "25000.5", False),
-        ("KWD", "5.125", True),
-        ("USD", "0", True),
-        ("USD", "1E+3", True),
+        ("USD", "199.00"),
+        ("USD", "199.000"),
+        ("USD", "0"),
+        ("USD", "1E+3"),
+        ("JPY", "25000"),
+        ("JPY", "25000.00"),
+        ("KWD", "5.125"),
     ],
 )
-def test_a_price_has_the_decimals_of_its_currency(db, currency, price, is_fine):
-    if is_fine:
-        create(currency=currency, price=Decimal(price))
-        assert Drop.objects.get().price == Decimal(price)
-        return
+def test_a_price_has_the_decimals_of_its_currency(db, currency, price):
+    create(currency=currency, price=Decimal(price))
+
+    assert Drop.objects.get().price == Decimal(price)
+
+
+@pytest.mark.parametrize(("currency", "price"), [("USD", "199.001"), ("JPY", "25000.5")])
+def test_a_price_has_no_more_decimals_than_its_currency(db, currency, price):
     with pytest.raises(ValidationError) as refusal:
         create(currency=currency, price=Decimal(price))
+
     assert codes(refusal) == {"price": ["max_decimal_places"]}
     assert not Drop.objects.exists()
 
