@@ -3,8 +3,10 @@ import secrets
 from collections.abc import Callable
 
 from django.core.exceptions import DisallowedHost
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseNotFound
 from rest_framework.exceptions import ParseError
+from servestatic.middleware import ServeStaticMiddleware
+from servestatic.responders import MissingFileError
 
 from config.problems import problem_response, to_api_exception
 
@@ -27,6 +29,16 @@ class RequestIdMiddleware:
         if not request.path.startswith("/api/"):
             return None
         return problem_response(request, to_api_exception(exc))
+
+
+class StaticFilesMiddleware(ServeStaticMiddleware):
+    """Answer 404 to an unknown file in DEBUG too, where ServeStatic makes an error of it."""
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        try:
+            return await super().__call__(request)
+        except MissingFileError:
+            return HttpResponseNotFound("Not found", content_type="text/plain")
 
 
 def refuse_wrong_host(request: HttpRequest) -> HttpResponse | None:

@@ -134,6 +134,11 @@ def problem_examples(codes: Iterable[str]) -> list[OpenApiExample]:
     ]
 
 
+def without_last_slash(endpoints: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Name each address as the documentation does; the slash at its end is optional."""
+    return [(path.rstrip("/"), *rest) for path, *rest in endpoints]
+
+
 class HeaderAuthenticationScheme(OpenApiAuthenticationExtension):
     """The two identity headers; both belong to one requirement."""
 

@@ -4,6 +4,7 @@ from django.conf import settings
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import URLPattern, URLResolver, include, path, re_path
+from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, SpectacularSwaggerView
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
@@ -50,6 +51,7 @@ urlpatterns = [
     path("api/", include(api)),
     # Otherwise APPEND_SLASH redirects, which in DEBUG fails for a POST.
     path("api", lambda request: handler404(request)),
+    path("admin", RedirectView.as_view(url="/admin/")),
     path("admin/", admin.site.urls),
     path("healthz", healthz),
     path("", include("storefront.urls")),

@@ -161,6 +161,7 @@ class ExpireNowView(APIView):
 
     @extend_schema(
         summary="Expire overdue holds now (DEBUG only)",
+        parameters=[IDEMPOTENCY_KEY],
         request=None,
         examples=[
             OpenApiExample(
@@ -180,6 +181,7 @@ class ExpireNowView(APIView):
         ],
         responses=answers({200: ExpireNowSerializer}),
     )
+    @idempotent
     def post(self, request: Request) -> Response:
         swept = expire_all_due()
         stock = {holds.drop_id: holds.available_stock for holds in swept}

@@ -6,9 +6,9 @@ Called as a server calls it, so a request may be anything that ASGI can carry.
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -36,7 +36,7 @@ class Request:
 
     def raw_headers(self) -> Headers:
         given = [(name.lower().encode(), as_bytes(value)) for name, value in self.headers]
-        implied = [(b"host", b"localhost")]
+        implied = [(b"host", b"testserver")]
         if len(self.chunks) > 1:
             implied.append((b"transfer-encoding", b"chunked"))
         elif self.chunks:
@@ -126,8 +126,8 @@ def post(address: str, user: Any = None, body: Any = None, **headers: str) -> Re
     return Request("POST", address, chunks, tuple(given))
 
 
-@asynccontextmanager
-async def hot_lane() -> AsyncIterator[Lane]:
+@contextmanager
+def hot_lane() -> Iterator[Lane]:
     """Serve by the hot routes, with nothing remembered; leave nothing behind."""
     followers = list(publisher._followers)
     with override_settings(HOT_ROUTES=True):
@@ -137,11 +137,11 @@ async def hot_lane() -> AsyncIterator[Lane]:
         yield Lane(application)
     finally:
         publisher._followers[:] = followers
-        await asyncio.to_thread(give_connections_back, group._executor)
+        give_connections_back(group._executor)
 
 
-@asynccontextmanager
-async def viewset_lane() -> AsyncIterator[Lane]:
+@contextmanager
+def viewset_lane() -> Iterator[Lane]:
     """Serve by the viewsets alone."""
     with override_settings(HOT_ROUTES=False):
         yield Lane(http_application())

@@ -189,8 +189,8 @@ def web_servers(session_web_servers, transactional_db) -> Iterator[tuple[WebServ
 
 
 @pytest.fixture(params=["daphne", "uvicorn"])
-def web_server(request, transactional_db) -> Iterator[WebServer]:
-    """One server on an empty database, once of each kind."""
+def web_server(request) -> Iterator[WebServer]:
+    """One server, once of each kind; a test that stores something asks for the database too."""
     if request.param == "daphne":
         server = request.getfixturevalue("session_web_servers")[0]
     else:

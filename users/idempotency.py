@@ -62,11 +62,15 @@ def make_key(user_id: uuid.UUID, method: str, path: str, key: str, body: bytes) 
     Raises:
         InvalidIdempotencyKey: not 1 to 255 printable ASCII characters.
     """
-    if not PRINTABLE_ASCII.fullmatch(key):
-        raise InvalidIdempotencyKey
+    check_key(key)
     # Addresses that can't exist, too long or with a NUL, must still fit into the column.
     route = f"{method} {path.rstrip('/')}".replace("\0", "")[:ROUTE_LENGTH]
     return Key(user_id, route, key, hashlib.sha256(body).hexdigest())
+
+
+def check_key(key: str) -> None:
+    if not PRINTABLE_ASCII.fullmatch(key):
+        raise InvalidIdempotencyKey
 
 
 def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
@@ -79,6 +83,8 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
     @wraps(action)
     def wrapper(view: Any, request: Request, *args: Any, **kwargs: Any) -> HttpResponse:
         given = request.headers.get("Idempotency-Key")
+        if given is not None:
+            check_key(given)
         if given is None or request.user is None:
             return action(view, request, *args, **kwargs)
         key = make_key(

@@ -33,7 +33,7 @@ from tests.servers import WebServer
 from users.models import User
 from users.tests.factories import UserFactory
 
-pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
+pytestmark = pytest.mark.servers
 
 BAD_MESSAGE, INVALID_IDENTITY, NOT_FOUND = 4400, 4401, 4404
 INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
@@ -423,7 +423,7 @@ def test_a_ping_is_answered(web_server, follow):
     assert (frame["type"], frame["data"]) == ("PONG", {})
 
 
-def test_a_socket_of_one_drop_can_watch_another_for_a_while(web_server, follow):
+def test_a_socket_of_one_drop_can_watch_another_for_a_while(web_server, follow, transactional_db):
     own, other, user = DropFactory(), DropFactory(), UserFactory()
     listener = follow(web_server, own)
 
@@ -571,7 +571,7 @@ def test_a_subscription_to_an_unknown_drop_closes(web_server, follow):
     assert listener.close_code() == NOT_FOUND
 
 
-def test_a_valid_identity_is_accepted(web_server, listen):
+def test_a_valid_identity_is_accepted(web_server, listen, transactional_db):
     listener = listen(
         web_server, headers={"X-User-Id": SOME_ID, "Origin": "https://anywhere.example"}
     )

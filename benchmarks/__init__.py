@@ -1,0 +1,1 @@
+"""Measure the project against the limits of the machine it runs on; see ``__main__``."""

@@ -1,0 +1,848 @@
+"""Every call of the contract, with the hot routes and without them: the same answers.
+
+A case prepares its own rows and sends requests. It is played twice, once on each lane, and
+the two transcripts are compared: status, headers and body, with ids, names and times numbered
+in the order in which they appear.
+"""
+
+import asyncio
+import json
+import re
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import orjson
+import pytest
+from django.core.management import call_command
+from django.utils import timezone
+
+from config.hot_routes import host_is_allowed
+from drops.models import Drop
+from drops.services import update_drop
+from drops.tests.factories import DropFactory
+from purchases.tests.factories import PurchaseFactory
+from reservations.models import Reservation
+from reservations.services import Claim, expire_all_due, release, reserve
+from reservations.tests.factories import ReservationFactory
+from tests.concurrency import another_session
+from tests.hot import Lane, Request, Response, background_work, hot_lane, post, viewset_lane
+from tests.test_bad_input import BAD, Bad, everything
+from users.models import IdempotencyKey, User
+from users.tests.factories import UserFactory
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+SOMEBODY = "1b4e28ba-2fa1-4d2e-883f-b9a761bde3fb"
+SHOP = "https://shop.example"
+SIZES = {"EU 42": 3, "EU 43": 4}
+
+NUMBERED = re.compile(
+    r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+    r"|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?Z"
+    r"|shopper_\d+|user_[0-9a-f]{12}|Drop \d+"
+)
+MADE_REQUEST_ID = re.compile(r"[0-9a-f]{32}")
+ETAG = re.compile(r'W/"[0-9a-f]{24}"')
+EXPIRES_IN = re.compile(r'"expires_in": 5\d\.\d+')
+JSON = ("application/json", "application/problem+json")
+
+
+class Client:
+    """Sends requests one after the other and keeps the answers."""
+
+    def __init__(self, lane: Lane, runner: asyncio.Runner) -> None:
+        self.lane = lane
+        self.runner = runner
+        self.answers: list[Response] = []
+
+    def __call__(self, request: Request) -> Response:
+        return self.runner.run(self._send(request))
+
+    async def _send(self, request: Request) -> Response:
+        answer = await self.lane.send(request)
+        self.answers.append(answer)
+        # The next request shall meet the memory of a shortage, where this one makes one.
+        await background_work("ShortageMemory._learn")
+        return answer
+
+    def send(self, method: str, address: str, *chunks: bytes, **headers: Any) -> Response:
+        """Send it as ``user``, if one is given; underscores of a header become hyphens."""
+        user = headers.pop("user", None)
+        given = [(name.replace("_", "-"), value) for name, value in headers.items()]
+        if user is not None:
+            given.append(("X-User-Id", str(getattr(user, "pk", user))))
+        return self(Request(method, f"/api/{address}", chunks, tuple(given)))
+
+    def get(self, address: str, user: Any = None, **headers: Any) -> Response:
+        return self.send("GET", address, user=user, **headers)
+
+    def post(self, address: str, user: Any = None, body: Any = None, **headers: Any) -> Response:
+        return self(post(f"/api/{address}", user, body, **headers))
+
+    def reserve(self, drop: Drop, user: Any = None, body: Any = None, **headers: Any) -> Response:
+        return self.post(f"drops/{drop.pk}/reserve", user or UserFactory(), body, **headers)
+
+    def purchase(self, drop: Drop, user: Any = None, body: Any = None, **headers: Any) -> Response:
+        return self.post(f"drops/{drop.pk}/purchase", user or UserFactory(), body, **headers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to send, under which settings, and the answers: a status or a refusal's code each."""
+
+    steps: Callable[[Client], Any]
+    outcomes: list[int | str]
+    settings: dict[str, Any]
+
+
+CASES: list[Case] = []
+
+
+def answers(*outcomes: int | str, **settings: Any) -> Callable[..., Any]:
+    def register(steps: Callable[[Client], Any]) -> Callable[[Client], Any]:
+        CASES.append(Case(steps, list(outcomes), settings))
+        return steps
+
+    return register
+
+
+def play(
+    steps: Callable[[Client], Any], lane: Callable[[], AbstractContextManager[Lane]]
+) -> list[Response]:
+    with asyncio.Runner() as runner, lane() as opened:
+        client = Client(opened, runner)
+        steps(client)
+        return client.answers
+
+
+def outcome(answer: Response) -> int | str:
+    if answer.header("content-type") == "application/problem+json":
+        return answer.json()["code"]
+    return answer.status
+
+
+def transcript(answers: list[Response]) -> list[Any]:
+    """Return the answers with ids, names and times numbered as they come."""
+    numbers: dict[str, str] = {}
+
+    def number(match: re.Match[str]) -> str:
+        return numbers.setdefault(match[0].lower(), f"<{len(numbers)}>")
+
+    return [readable(answer, partial(NUMBERED.sub, number)) for answer in answers]
+
+
+def readable(answer: Response, plain: Callable[[str], str]) -> Any:
+    headers, body = [], answer.body.decode()
+    if answer.header("content-type") in JSON:
+        # The order of the members is compared too; the blanks between them are not.
+        body = json.dumps(orjson.loads(answer.body), ensure_ascii=False)
+    for name, value in answer.headers:
+        text = value.decode("latin-1")
+        if name == b"content-length":
+            assert int(text) == len(answer.body)
+        elif name == b"x-request-id" and MADE_REQUEST_ID.fullmatch(text):
+            body = body.replace(text, "<request id>")
+        else:
+            headers.append(f"{name.decode()}: {ETAG.sub('<etag>', plain(text))}")
+    body = EXPIRES_IN.sub('"expires_in": "less than 60"', plain(body))
+    return answer.status, sorted(headers), body
+
+
+# --- Reserve ----------------------------------------------------------------------------
+
+
+@answers(201, 200, 200, 200, 200, 200)
+def a_hold_and_the_same_again(api):
+    drop, user = DropFactory(), UserFactory()
+    held = api.reserve(drop, user).json()
+    api.reserve(drop, user)
+    api.get(f"drops/{drop.pk}")
+    api.get("reservations", user)
+    api.get(f"reservations/{held['id']}", user)
+    api.get(f"reservations?status=ACTIVE&drop={drop.pk}", user)
+
+
+@answers(201, 200, 200, 201, "fully_reserved")
+def several_units(api):
+    drop, user = DropFactory(total_stock=5, max_per_user=None), UserFactory()
+    api.reserve(drop, user, {"quantity": 3})
+    api.reserve(drop, user, {"quantity": 3})
+    # Whoever asks again for other units has a hold already, and gets that.
+    api.reserve(drop, user, {"quantity": 4})
+    api.reserve(drop, None, {"quantity": 2})
+    api.reserve(drop, None, {"quantity": 1})
+
+
+@answers(201, 201, 201, 200, "already_reserved")
+def a_size_in_every_spelling(api):
+    drop, user = DropFactory(sizes=SIZES), UserFactory()
+    small, large = (str(variant.pk) for variant in drop.variants.all())
+    api.reserve(drop, None, {"variant": small})
+    api.reserve(drop, None, {"variant": small.upper()})
+    api.reserve(drop, user, {"variant": small.replace("-", ""), "quantity": 1})
+    api.reserve(drop, user, {"variant": f"urn:uuid:{small}"})
+    api.reserve(drop, user, {"variant": large})
+
+
+@answers("variant_required", "variant_required", "validation_error", "validation_error")
+def no_size_or_another_drops(api):
+    drop = DropFactory(sizes=SIZES)
+    api.reserve(drop)
+    api.reserve(drop, None, {"quantity": 2})
+    api.reserve(drop, None, {"variant": str(DropFactory().variants.get().pk)})
+    api.reserve(drop, None, {"variant": SOMEBODY})
+
+
+@answers("limit_exceeded", 201, 200, 201, "limit_exceeded")
+def more_than_the_limit(api):
+    drop, user = DropFactory(max_per_user=2), UserFactory()
+    api.reserve(drop, user, {"quantity": 3})
+    api.reserve(drop, user, {"quantity": 2})
+    api.reserve(drop, user, {"quantity": 3})
+    api.purchase(drop, user)
+    api.reserve(drop, user)
+
+
+@answers("sold_out", "sold_out", "sold_out", "limit_exceeded", "sold_out")
+def sold_out(api):
+    sold = PurchaseFactory(reservation__drop=DropFactory(total_stock=1))
+    for _ in range(3):
+        api.reserve(sold.drop)
+    api.reserve(sold.drop, sold.user)
+    api.reserve(sold.drop, None, {"variant": str(sold.variant.pk)})
+
+
+@answers(*["sold_out"] * 3, "limit_exceeded", "limit_exceeded", 201)
+def too_few_left(api):
+    drop = DropFactory(total_stock=2, max_per_user=3)
+    for _ in range(3):
+        api.reserve(drop, None, {"quantity": 3})
+    api.reserve(drop, None, {"quantity": 4})
+    api.reserve(drop, None, {"quantity": 4})
+    api.reserve(drop, None, {"quantity": 2})
+
+
+@answers(*["fully_reserved"] * 3, 200)
+def fully_reserved(api):
+    hold = ReservationFactory(drop=DropFactory(total_stock=1))
+    for _ in range(3):
+        api.reserve(hold.drop)
+    api.reserve(hold.drop, hold.user)
+
+
+@answers(*["fully_reserved"] * 4, 201, 200)
+def one_size_is_held_and_another_is_there(api):
+    drop = DropFactory(sizes={"EU 42": 1, "EU 43": 1})
+    small, large = drop.variants.all()
+    hold = ReservationFactory(drop=drop, variant=small)
+    for quantity in (1, 1, 1, 1):
+        api.reserve(drop, None, {"variant": str(small.pk), "quantity": quantity})
+    api.reserve(drop, None, {"variant": str(large.pk)})
+    api.reserve(drop, hold.user, {"variant": str(small.pk)})
+
+
+@answers(*["drop_not_started"] * 3, "drop_not_started", "validation_error")
+def not_started(api):
+    drop = DropFactory(upcoming=True)
+    for _ in range(3):
+        api.reserve(drop)
+    # Both are wrong: the drop's state is told before the user's limit.
+    api.reserve(drop, None, {"quantity": 2})
+    api.reserve(drop, None, {"quantity": 0})
+
+
+@answers(*["drop_ended"] * 6)
+def ended(api):
+    for drop in (DropFactory(over=True), DropFactory(status="ended")):
+        for _ in range(3):
+            api.reserve(drop)
+
+
+@answers(*["drop_paused", "drop_cancelled", "drop_not_published"] * 3)
+def not_live(api):
+    drops = [DropFactory(status=status) for status in ("paused", "cancelled", "draft")]
+    for _ in range(3):
+        for drop in drops:
+            api.reserve(drop)
+
+
+@answers(200, "reservation_required", "drop_paused")
+def a_holder_of_a_paused_drop(api):
+    hold = ReservationFactory()
+    update_drop(hold.drop.pk, status="paused")
+    api.reserve(hold.drop, hold.user)
+    api.purchase(hold.drop)
+    api.purchase(hold.drop, hold.user)
+
+
+@answers(201, 201, 200)
+def time_that_was_up(api):
+    own = ReservationFactory(drop=DropFactory(total_stock=1), overdue=True)
+    api.reserve(own.drop, own.user)
+    others = ReservationFactory(drop=DropFactory(total_stock=1), overdue=True)
+    api.reserve(others.drop)
+    api.get("reservations", others.user)
+
+
+@answers(201, "fully_reserved", "fully_reserved", 200, 201, 200)
+def a_unit_that_came_back(api):
+    drop, user = DropFactory(total_stock=1), UserFactory()
+    held = api.reserve(drop, user).json()
+    api.reserve(drop)
+    api.reserve(drop)
+    api.send("DELETE", f"reservations/{held['id']}", user=user)
+    api.reserve(drop)
+    api.get(f"drops/{drop.pk}")
+
+
+@answers(201, 201, *["not_found"] * 6)
+def addresses_of_a_claim(api):
+    drop = DropFactory()
+    api.post(f"drops/{drop.pk}/reserve/", UserFactory())
+    api.post(f"drops/{str(drop.pk).upper()}/reserve", UserFactory())
+    unhyphened = drop.pk.hex
+    for wrong in (
+        *(SOMEBODY, "42", unhyphened, f"urn:{unhyphened}", f"{unhyphened}----"),
+        str(drop.pk).replace("-", "_"),
+    ):
+        api.post(f"drops/{wrong}/reserve", UserFactory())
+
+
+# --- Purchase ---------------------------------------------------------------------------
+
+
+@answers(201, 200, 200, 200, 200, 200, 200)
+def a_purchase_and_the_same_again(api):
+    hold = ReservationFactory(drop__max_per_user=None, quantity=2)
+    bought = api.purchase(hold.drop, hold.user).json()
+    api.purchase(hold.drop, hold.user, {})
+    api.post(f"drops/{hold.drop.pk}/purchase/", hold.user)
+    api.get(f"drops/{hold.drop.pk}")
+    api.get("drops")
+    api.get("purchases", hold.user)
+    api.get(f"purchases/{bought['id']}", hold.user)
+
+
+@answers(201, 201, 201, 201, 200)
+def a_second_purchase_where_the_limit_allows(api):
+    drop, user = DropFactory(max_per_user=2), UserFactory()
+    for _ in range(2):
+        api.reserve(drop, user)
+        api.purchase(drop, user)
+    api.purchase(drop, user)
+
+
+@answers("reservation_required", *["reservation_expired"] * 2, *["reservation_not_active"] * 2)
+def nothing_to_purchase(api):
+    drop = DropFactory()
+    api.purchase(drop)
+    overdue = ReservationFactory(drop=drop, overdue=True)
+    api.purchase(drop, overdue.user)
+    expire_all_due()
+    api.purchase(drop, overdue.user)
+    for trait in ("released", "voided"):
+        api.purchase(drop, ReservationFactory(drop=drop, **{trait: True}).user)
+
+
+@answers("drop_ended", "drop_paused", "drop_cancelled")
+def a_purchase_after_the_drop_was_closed(api):
+    for status in ("ended", "paused", "cancelled"):
+        hold = ReservationFactory()
+        update_drop(hold.drop.pk, status=status)
+        api.purchase(hold.drop, hold.user)
+
+
+@answers(200)
+def a_purchase_that_was_refunded(api):
+    bought = PurchaseFactory(refunded=True)
+    api.purchase(bought.drop, bought.user)
+
+
+@answers(*["validation_error"] * 3, "malformed_body", "not_found", "not_found")
+def a_purchase_that_is_wrong(api):
+    hold = ReservationFactory()
+    api.purchase(hold.drop, hold.user, {"quantity": 1})
+    api.purchase(hold.drop, hold.user, [])
+    api.purchase(hold.drop, hold.user, 0)
+    api.send("POST", f"drops/{hold.drop.pk}/purchase", b"{", user=hold.user, content_type=JSON[0])
+    api.post(f"drops/{SOMEBODY}/purchase", hold.user)
+    api.post(f"drops/{hold.drop.pk.hex}----/purchase", hold.user)
+
+
+# --- Identity ---------------------------------------------------------------------------
+
+BUSY = [("GET", ""), ("GET", "/{pk}"), ("POST", "/{pk}/reserve"), ("POST", "/{pk}/purchase")]
+
+
+def on_each_busy_call(api: Client, drop: Drop, **headers: Any) -> None:
+    for method, path in BUSY:
+        api.send(method, f"drops{path.format(pk=drop.pk)}", **headers)
+
+
+@answers(200, 200, "identity_required", "identity_required", "identity_required")
+def nobody(api):
+    drop = DropFactory()
+    on_each_busy_call(api, drop)
+    api.send("POST", f"drops/{drop.pk}/reserve", X_User_Name="Alice")
+
+
+@answers(*["invalid_identity"] * 4 * 7)
+def an_identity_that_is_none(api):
+    for wrong in (
+        "",
+        "alice",
+        str(uuid.UUID(int=0)),
+        f"{{{SOMEBODY}}}",
+        SOMEBODY.replace("-", ""),
+        f"{SOMEBODY}, {SOMEBODY}",
+        b"\xff\xfe",
+    ):
+        on_each_busy_call(api, DropFactory(), X_User_Id=wrong)
+
+
+@answers(*["invalid_identity"] * 4)
+def an_identity_twice(api):
+    drop = DropFactory()
+    twice = (("X-User-Id", SOMEBODY), ("X-User-Id", SOMEBODY))
+    for method, path in BUSY:
+        api(Request(method, f"/api/drops{path.format(pk=drop.pk)}", headers=twice))
+
+
+@answers(200, 200, 201, 201, 200)
+def a_user_that_nobody_knew(api):
+    drop = DropFactory()
+    newcomer = str(uuid.uuid4())
+    on_each_busy_call(api, drop, user=f" {newcomer.upper()} ")
+    api.get("me", newcomer)
+
+
+@answers(201, 200)
+def a_user_who_comes_with_a_claim(api):
+    newcomer = uuid.uuid4()
+    api.reserve(DropFactory(), newcomer)
+    api.get("me", newcomer)
+
+
+@answers(*[201, 200] * 5, "reservation_required", 200)
+def a_user_who_comes_with_a_name(api):
+    # A name that is a UUID is free on both lanes, and numbered in the transcript.
+    drop, free = DropFactory(), [str(uuid.uuid4()) for _ in range(3)]
+    taken = UserFactory().username
+    for name in (f" {free[0]} \t", "Al", free[1] + "x" * 50, taken, f"Zoë {free[2]}".encode()):
+        newcomer = uuid.uuid4()
+        api.reserve(drop, newcomer, X_User_Name=name)
+        api.get("me", newcomer)
+    newcomer = uuid.uuid4()
+    api.purchase(drop, newcomer, X_User_Name="\x00")
+    api.get("me", newcomer)
+
+
+@answers(*["unknown_user"] * 8, CREATE_UNKNOWN_USERS=False)
+def a_user_that_nobody_knows(api):
+    for drop in (DropFactory(), Drop(pk=uuid.uuid4())):
+        on_each_busy_call(api, drop, user=uuid.uuid4())
+
+
+@answers(200, 200, 201, 201, CREATE_UNKNOWN_USERS=False)
+def a_user_that_is_known(api):
+    on_each_busy_call(api, DropFactory(), user=UserFactory())
+
+
+@answers(*["unknown_user"] * 8)
+def a_user_who_was_switched_off(api):
+    on_each_busy_call(api, DropFactory(), user=UserFactory(is_active=False))
+    hold = ReservationFactory(user__is_active=False)
+    on_each_busy_call(api, hold.drop, user=hold.user)
+
+
+@answers("unknown_user", "unknown_user", CREATE_UNKNOWN_USERS=False)
+def an_unknown_user_with_a_key(api):
+    drop = DropFactory()
+    api.reserve(drop, uuid.uuid4(), Idempotency_Key="order-1")
+    api.reserve(drop, uuid.uuid4(), Idempotency_Key="")
+
+
+# --- Idempotency ------------------------------------------------------------------------
+
+
+@answers(201, 201, 201, 200, "idempotency_key_reused", 201)
+def a_claim_with_a_key(api):
+    drop, user = DropFactory(), UserFactory()
+    address, key = f"drops/{drop.pk}/reserve", "order-1 ~"
+    api.post(address, user, {"quantity": 1}, Idempotency_Key=key)
+    api.post(address, user, {"quantity": 1}, Idempotency_Key=key)
+    api.post(f"{address}/", user, {"quantity": 1}, Idempotency_Key=key)
+    api.post(address, user, {"quantity": 1}, Idempotency_Key="order-2")
+    api.post(address, user, None, Idempotency_Key=key)
+    api.post(address, UserFactory(), {"quantity": 1}, Idempotency_Key=key)
+
+
+@answers(201, 201, 201, 201)
+def a_purchase_with_the_key_of_its_claim(api):
+    drop, user = DropFactory(), UserFactory()
+    for call in (api.reserve, api.purchase, api.reserve, api.purchase):
+        call(drop, user, None, Idempotency_Key="order-1")
+
+
+@answers("fully_reserved", "fully_reserved", 201, 201)
+def a_key_of_a_refused_claim(api):
+    """A refusal stores nothing, so the key is still free."""
+    hold, user = ReservationFactory(drop=DropFactory(total_stock=1)), UserFactory()
+    api.reserve(hold.drop, user, None, Idempotency_Key="order-1")
+    api.reserve(hold.drop, user, None, Idempotency_Key="order-1")
+    api.send("DELETE", f"reservations/{hold.pk}", user=hold.user) and api.answers.pop()
+    api.reserve(hold.drop, user, None, Idempotency_Key="order-1")
+    api.reserve(hold.drop, user, None, Idempotency_Key="order-1")
+
+
+@answers("reservation_required", 201, 201)
+def a_key_of_a_refused_purchase(api):
+    drop, user = DropFactory(), UserFactory()
+    api.purchase(drop, user, None, Idempotency_Key="order-1")
+    reserve(drop.pk, Claim(user.pk))
+    api.purchase(drop, user, None, Idempotency_Key="order-1")
+    api.purchase(drop, user, None, Idempotency_Key="order-1")
+
+
+@answers(201, "fully_reserved", 201, "idempotency_key_reused", "fully_reserved")
+def a_key_whose_hold_is_long_gone(api):
+    """The first answer for 24 hours, also while others are refused from memory."""
+    drop, user = DropFactory(total_stock=1), UserFactory()
+    held = api.reserve(drop, user, None, Idempotency_Key="order-1").json()
+    release(held["id"], user)
+    reserve(drop.pk, Claim(UserFactory().pk))
+    api.reserve(drop)
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+    api.reserve(drop, user, {}, Idempotency_Key="order-1")
+    api.reserve(drop, user, None, Idempotency_Key="order-2")
+
+
+@answers(201, 200)
+def a_key_older_than_a_day(api):
+    drop, user = DropFactory(), UserFactory()
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+    IdempotencyKey.objects.update(created_at=timezone.now() - timedelta(hours=24, seconds=1))
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+
+
+BAD_KEYS = ("", "k" * 256, "a\tb", "\x7f", "é", "é".encode(), b"a\x00b")
+
+
+@answers(*["validation_error"] * 2 * len(BAD_KEYS))
+def a_key_that_is_none(api):
+    hold = ReservationFactory()
+    for key in BAD_KEYS:
+        api.reserve(hold.drop, hold.user, None, Idempotency_Key=key)
+        api.purchase(hold.drop, hold.user, None, Idempotency_Key=key)
+
+
+@answers("fully_reserved", *["validation_error"] * len(BAD_KEYS))
+def a_key_that_is_none_for_a_drop_that_has_none(api):
+    hold = ReservationFactory(drop=DropFactory(total_stock=1))
+    api.reserve(hold.drop)
+    for key in BAD_KEYS:
+        api.reserve(hold.drop, None, None, Idempotency_Key=key)
+
+
+@answers(201, 201)
+def the_longest_key(api):
+    drop, user = DropFactory(), UserFactory()
+    for _ in range(2):
+        api.reserve(drop, user, None, Idempotency_Key="".join(map(chr, range(32, 127))) * 2)
+
+
+# --- Headers ----------------------------------------------------------------------------
+
+
+def from_origins(api: Client, *origins: str) -> None:
+    drop = DropFactory()
+    for origin in origins:
+        user = UserFactory()
+        on_each_busy_call(api, drop, user=user, Origin=origin)
+        api.post(f"drops/{SOMEBODY}/reserve", user, Origin=origin)
+
+
+@answers(*[200, 200, 201, 201, "not_found"] * 2)
+def any_origin(api):
+    from_origins(api, SHOP, "null")
+
+
+@answers(
+    *[200, 200, 201, 201, "not_found"] * 5,
+    CORS_ALLOW_ALL_ORIGINS=False,
+    CORS_ALLOWED_ORIGINS=[SHOP, "http://localhost:3000"],
+)
+def an_origin_of_the_list_and_others(api):
+    from_origins(api, SHOP, "http://localhost:3000", "https://evil.example", "null", f"{SHOP}:444")
+
+
+@answers(*[200] * 8)
+def a_preflight(api):
+    ask = {"Origin": SHOP, "Access_Control_Request_Method": "POST"}
+    asked_headers = "content-type, idempotency-key, x-user-id"
+    drop = DropFactory()
+    for _, path in BUSY:
+        address = f"drops{path.format(pk=drop.pk)}"
+        api.send("OPTIONS", address, **ask)
+        api.send("OPTIONS", address, **ask, Access_Control_Request_Headers=asked_headers)
+
+
+@answers(*[200, 200, 201, 201, "not_found"] * 2, *[200, 200, 201, 201] * 3)
+def a_request_id(api):
+    for mine in ("mine-1", "x" * 128):
+        drop, user = DropFactory(), UserFactory()
+        on_each_busy_call(api, drop, user=user, X_Request_Id=mine)
+        answer = api.post(f"drops/{SOMEBODY}/reserve", user, X_Request_Id=mine)
+        assert {answer.header("x-request-id"), answer.json()["request_id"]} == {mine}
+    for unusable in ("", "x" * 129, "a b"):
+        on_each_busy_call(api, DropFactory(), user=UserFactory(), X_Request_Id=unusable)
+
+
+ACCEPTED = (
+    *("application/json", "*/*", "application/*", "application/json, text/plain, */*", ""),
+    *("application/json;q=0.1", "text/html, application/json;q=0.9", "*/*;q=0.1", "APPLICATION/JSON"),
+    *("application/json; indent=4", "application/json;indent=2, */*", "application/json;charset=utf-8"),
+)
+NOT_ACCEPTED = ("text/html", "application/jsonp", "application/jsonlines", "text/*", "a", ";")
+
+
+@answers(*[200, 200, 201, 201] * len(ACCEPTED))
+def what_is_accepted(api):
+    for accept in ACCEPTED:
+        on_each_busy_call(api, DropFactory(), user=UserFactory(), Accept=accept)
+
+
+@answers(*["not_acceptable"] * 4 * len(NOT_ACCEPTED))
+def what_is_not_accepted(api):
+    for accept in NOT_ACCEPTED:
+        on_each_busy_call(api, DropFactory(), user=UserFactory(), Accept=accept)
+
+
+JSON_TYPES = (
+    *("application/json", "application/json; charset=utf-8", "Application/JSON"),
+    *("application/json;charset=latin-1", "application/json; charset=utf-16", " application/json ;"),
+)
+OTHER_TYPES = ("text/plain", "application/jsonp", "application/json-patch+json", "", "json", ";")
+
+
+@answers(*[201, 201] * len(JSON_TYPES))
+def json_by_its_names(api):
+    for content_type in JSON_TYPES:
+        drop, user = DropFactory(), UserFactory()
+        for call, body in (("reserve", b'{"quantity": 1}'), ("purchase", b"{}")):
+            address = f"drops/{drop.pk}/{call}"
+            api.send("POST", address, body, user=user, Content_Type=content_type)
+
+
+@answers(*["unsupported_media_type", "unsupported_media_type"] * len(OTHER_TYPES))
+def what_is_no_json(api):
+    for content_type in OTHER_TYPES:
+        drop, user = DropFactory(), UserFactory()
+        for call, body in (("reserve", b'{"quantity": 1}'), ("purchase", b"{}")):
+            address = f"drops/{drop.pk}/{call}"
+            api.send("POST", address, body, user=user, Content_Type=content_type)
+
+
+@answers(201, 201, 201, 201, 200, 200)
+def no_body_of_any_type(api):
+    for content_type in ("text/plain", ""):
+        drop, user = DropFactory(), UserFactory()
+        for call in ("reserve", "purchase"):
+            address = f"drops/{drop.pk}/{call}"
+            api.send("POST", address, b"", user=user, Content_Type=content_type)
+    for path in ("drops", f"drops/{drop.pk}"):
+        api.send("GET", path, b"{", Content_Type="text/plain")
+
+
+HOSTS = ("evil.example", "", "testserver:80:80", "testserver/", "testserver@evil.example")
+
+
+@pytest.fixture(autouse=True)
+def _forget_hosts():
+    host_is_allowed.cache_clear()
+    yield
+    host_is_allowed.cache_clear()
+
+
+@answers(*["malformed_body"] * 4 * len(HOSTS), *[200, 200, 201, 201] * 2)
+def hosts(api):
+    for host in HOSTS:
+        on_each_busy_call(api, DropFactory(), user=UserFactory(), Host=host)
+    for host in ("testserver:8000", "TESTSERVER"):
+        on_each_busy_call(api, DropFactory(), user=UserFactory(), Host=host)
+
+
+@answers(
+    *["malformed_body"] * 4,
+    *[200, 200, 201, 201],
+    DEBUG=False,
+    ALLOWED_HOSTS=[".drops.example"],
+)
+def hosts_in_production(api):
+    on_each_busy_call(api, DropFactory(), user=UserFactory())
+    on_each_busy_call(api, DropFactory(), user=UserFactory(), Host="www.drops.example")
+
+
+REPEATABLE = ("Host", "X-User-Name", "X-Request-Id", "Idempotency-Key", "Accept", "Origin")
+
+
+@answers(*["malformed_body"] * 4, *[200, 200, 201, 201] * 5)
+def headers_that_stand_twice(api):
+    for name in REPEATABLE:
+        drop, user = DropFactory(), UserFactory()
+        value = {"Host": "testserver", "Accept": "application/json"}.get(name, "mine-1")
+        headers = ((name, value), (name, value), ("X-User-Id", str(user.pk)))
+        for method, path in BUSY:
+            api(Request(method, f"/api/drops{path.format(pk=drop.pk)}", headers=headers))
+
+
+# --- Bodies -----------------------------------------------------------------------------
+
+ONE = b'{"quantity": 1}'
+
+
+@answers(201, 200, 201, 200, 201, "malformed_body", "validation_error")
+def bodies_in_pieces(api):
+    drop, user, other = DropFactory(max_per_user=None), UserFactory(), UserFactory()
+
+    def send(user: User, *chunks: bytes, call: str = "reserve", **headers: str) -> None:
+        api.send(
+            *("POST", f"drops/{drop.pk}/{call}", *chunks),
+            **{"user": user, "Content_Type": "application/json"} | headers,
+        )
+
+    send(user, b'{"quan', b'tity"', b": 2}")
+    send(user, b'{"quantity": 2}', b"")
+    send(other, b'{"quan', b'tity": 3}', Content_Length="15")
+    send(other, b"", b"")
+    send(user, b"{", b"}", call="purchase")
+    send(user, b"{", b"")
+    send(user, b'{"quantity"', b": 0}")
+
+
+@answers(*["body_too_large"] * 5, *["not_found"] * 2, "body_too_large", "malformed_body")
+def bodies_at_the_limit(api):
+    address = f"drops/{SOMEBODY}/reserve"
+    headers = {"user": SOMEBODY, "Content_Type": "application/json", "X_Request_Id": "mine-1"}
+    just, too_large = ONE + b" " * (16_384 - len(ONE)), ONE + b" " * (16_385 - len(ONE))
+    api.send("POST", address, too_large, **headers)
+    api.send("POST", address, too_large[:9000], too_large[9000:], **headers)
+    api.send("POST", address, b"", **headers, Content_Length="16385")
+    api.send("POST", address, ONE, **headers, Content_Length="-1")
+    api.send("POST", address, ONE, **headers, Content_Length="many")
+    api.send("POST", address, just, **headers)
+    api.send("POST", address, just[:9000], just[9000:], **headers)
+    api.send("GET", "drops", too_large, **headers)
+    api.send("POST", f"drops/{DropFactory().pk}/reserve", b" " * 16_384, **headers)
+
+
+ODD_CLAIMS = {
+    b'{"quantity": 1, "quantity": 2}': 201,
+    b' \n{"quantity":\t1}\r ': 201,
+    b'{"quantity": 0, "quantity": 1}': 201,
+    b'{"quantity": 1e0}': "validation_error",
+    b'{"quantity": 18446744073709551616}': "validation_error",
+    b'{"quantity": 2147483647}': "sold_out",
+    b'{"variant": null}': "validation_error",
+    b'{"variant": {}}': "validation_error",
+    b'{"quantity": 1, "Quantity": 1}': "validation_error",
+    b'{"": 1}': "validation_error",
+    b'{"quantity": NaN}': "malformed_body",
+    b'{"quantity": 1}x': "malformed_body",
+    b'\xef\xbb\xbf{"quantity": 1}': "malformed_body",
+    b'{"quantity": "\xff"}': "malformed_body",
+    b'{"quantity": "\\ud800"}': "validation_error",
+    b" ": "malformed_body",
+    b"null": "validation_error",
+    b"[]": "validation_error",
+    b'""': "validation_error",
+}
+
+
+@answers(*ODD_CLAIMS.values())
+def odd_claims(api):
+    drop = DropFactory(max_per_user=None)
+    for body in ODD_CLAIMS:
+        headers = {"user": UserFactory(), "Content_Type": "application/json"}
+        api.send("POST", f"drops/{drop.pk}/reserve", body, **headers)
+
+
+@answers(*[404] * 6)
+def a_format_in_the_query(api):
+    hold = ReservationFactory()
+    for query in ("format=xml", "format=api"):
+        api.post(f"drops/{hold.drop.pk}/reserve?{query}", hold.user)
+        api.post(f"drops/{hold.drop.pk}/purchase?{query}", hold.user)
+        api.get(f"drops?{query}")
+
+
+@answers(200, 201, 200)
+def a_query_that_says_nothing(api):
+    hold = ReservationFactory()
+    api.post(f"drops/{hold.drop.pk}/reserve?a=b", hold.user)
+    api.post(f"drops/{hold.drop.pk}/purchase?format=json", hold.user)
+    api.get(f"drops/{hold.drop.pk}?a=b", hold.user)
+
+
+# --- Other methods ----------------------------------------------------------------------
+
+
+@answers(*[200, 200], *["method_not_allowed"] * 2, *[200] * 4)
+def head_and_options(api):
+    hold = ReservationFactory()
+    for method in ("HEAD", "OPTIONS"):
+        for _, path in BUSY:
+            api.send(method, f"drops{path.format(pk=hold.drop.pk)}", user=hold.user)
+
+
+@answers(*["method_not_allowed"] * 16)
+def wrong_methods(api):
+    hold = ReservationFactory()
+    for method in ("PUT", "DELETE", "TRACE", "post"):
+        for _, path in BUSY:
+            api.send(method, f"drops{path.format(pk=hold.drop.pk)}", user=hold.user)
+
+
+@answers(201, 200, "idempotency_key_reused", "validation_error", 200, "permission_denied", 200, 200)
+def drops_are_made_and_changed(api):
+    user = UserFactory()
+    new = {"name": "Aurora", "price": "199.00", "total_stock": 5, "status": "live"}
+    drop = api.post("drops", user, new, Idempotency_Key="order-1").json()
+    api.get(f"drops/{drop['id']}")
+    api.post("drops", user, new | {"name": "Ember"}, Idempotency_Key="order-1")
+    api.post("drops/", user, new | {"price": "free"})
+    change, headers = b'{"status": "paused"}', {"Content_Type": "application/json"}
+    api.send("PATCH", f"drops/{drop['id']}", change, user=user, **headers)
+    api.send("PATCH", f"drops/{drop['id']}", change, user=UserFactory(), **headers)
+    api.get(f"drops/{drop['id']}")
+    api.get("drops?status=paused&limit=1")
+
+
+@answers(200, 200, 200, "identity_required", 200, "not_found", "not_found")
+def the_rest_of_the_contract(api):
+    overdue = ReservationFactory(overdue=True)
+    api.send("POST", "internal/expire-now")
+    api.get("reservations/", overdue.user)
+    api.get("purchases/", overdue.user)
+    api.get("me")
+    api.get("me/", overdue.user)
+    api.get(f"purchases/{SOMEBODY}", overdue.user)
+    api.get("drops/x/y/z")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.steps.__name__)
+def test_the_hot_routes_answer_as_the_viewsets_do(case, settings):
+    for name, value in case.settings.items():
+        setattr(settings, name, value)
+
+    by_viewsets = play(case.steps, viewset_lane)
+    call_command("flush", interactive=False, inhibit_post_migrate=True, verbosity=0)
+    by_hot_routes = play(case.steps, hot_lane)
+
+    assert [outcome(answer) for answer in by_viewsets] == case.outcomes
+    assert transcript(by_hot_routes) == transcript(by_viewsets)
