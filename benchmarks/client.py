@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import math
+import signal
 import sys
 import time
 from collections import Counter, deque
@@ -27,7 +28,7 @@ ANSWER_SECONDS = 15  # how long to wait for answers after the last request
 
 @dataclass(frozen=True)
 class Plan:
-    """``count`` requests, one each ``interval_seconds``, each as the next user.
+    """``count`` requests, one each ``interval_seconds``, each as the next user; SIGTERM ends it.
 
     Without ``connections`` each request gets a connection of its own: open beforehand where
     ``connect_first``, else opened when the request is due.
@@ -120,8 +121,9 @@ class Client:
         self._idle: deque[Connection] = deque()
         # Requests without a connection, and when they were due.
         self._waiting: deque[tuple[bytes, float]] = deque()
-        self._left = plan.count
-        self._all_answered = asyncio.Event()
+        self._sent = self._settled = 0
+        self._is_stopping = False
+        self._all_settled = asyncio.Event()
         # Monotonic times become the wall clock's by this.
         self._offset = time.time() - time.monotonic()
 
@@ -134,11 +136,15 @@ class Client:
         start = time.monotonic() + LEAD_SECONDS
         self.report.started = start + self._offset
         tasks = []
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.stop)
         for index, request in enumerate(requests):
             due = start + index * self.plan.interval_seconds
-            while (wait := due - time.monotonic()) > 0:
+            if (wait := due - time.monotonic()) > 0:
                 # No shorter than uvloop's clock ticks, or the loop would spin meanwhile.
                 await asyncio.sleep(max(wait, TICK_SECONDS))
+            if self._is_stopping:
+                break
+            self._sent += 1
             if not self.plan.connect_first:
                 tasks.append(asyncio.create_task(self._send_on_new_connection(request, due)))
             elif self._idle:
@@ -149,14 +155,21 @@ class Client:
                 # Read answers even when all of this is late.
                 await asyncio.sleep(0)
         self.report.written = time.time()
+        self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ANSWER_SECONDS):
-                await self._all_answered.wait()
+                while self._settled < self._sent:
+                    self._all_settled.clear()
+                    await self._all_settled.wait()
         self.report.statuses = dict(self._statuses)
-        self.report.unanswered = self.plan.count - len(self.report.answers)
+        self.report.unanswered = self._sent - len(self.report.answers)
         for connection in self._connections:
             connection.close()
         return self.report
+
+    def stop(self) -> None:
+        """Send nothing more; what is on its way may still be answered."""
+        self._is_stopping = True
 
     def answered(self, connection: Connection, status: str) -> None:
         now = time.monotonic()
@@ -167,16 +180,16 @@ class Client:
             connection.send(*self._waiting.popleft())
         else:
             self._idle.append(connection)
-        self._count_down()
+        self._settle()
 
     def lost(self, connection: Connection) -> None:
         self._statuses["connection lost"] += 1
-        self._count_down()
+        self._settle()
 
-    def _count_down(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self._all_answered.set()
+    def _settle(self) -> None:
+        self._settled += 1
+        if self._is_stopping:
+            self._all_settled.set()
 
     async def _connect(self, count: int) -> None:
         for start in range(0, count, CONNECTS_AT_ONCE):
@@ -198,7 +211,7 @@ class Client:
             connection = await self._open()
         except OSError:
             self._statuses["no connection"] += 1
-            self._count_down()
+            self._settle()
         else:
             connection.send(request, due)
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,9 +108,7 @@ def start_client(plan: Plan) -> subprocess.Popen[str]:
 
 def finish_client(process: subprocess.Popen[str], plan: Plan) -> Report:
     try:
-        output, _ = process.communicate(
-            timeout=plan.count * plan.interval_seconds + GRACE_SECONDS
-        )
+        output, _ = process.communicate(timeout=plan.count * plan.interval_seconds + GRACE_SECONDS)
     except BaseException:
         process.kill()
         process.wait()
@@ -129,9 +126,8 @@ def run_client(plan: Plan) -> Report:
 class Transactions:
     """What pgbench saw."""
 
-    clients: int
+    count: int
     per_second: float
-    mean_ms: float
 
 
 def run_pgbench(
@@ -150,16 +146,16 @@ def run_pgbench(
     )
     if result.returncode:
         raise GeneratorError(f"pgbench ended with code {result.returncode}:\n{result.stderr}")
-    return parse_pgbench(result.stdout, clients)
+    return parse_pgbench(result.stdout)
 
 
-def parse_pgbench(output: str, clients: int) -> Transactions:
+def parse_pgbench(output: str) -> Transactions:
     rate = re.search(r"^tps = ([\d.]+)", output, re.MULTILINE)
-    mean = re.search(r"^latency average = ([\d.]+) ms", output, re.MULTILINE)
+    count = re.search(r"^number of transactions actually processed: (\d+)", output, re.MULTILINE)
     failed = re.search(r"^number of failed transactions: (\d+)", output, re.MULTILINE)
-    if not rate or not mean or (failed and failed[1] != "0"):
+    if not rate or not count or (failed and failed[1] != "0"):
         raise GeneratorError(f"pgbench printed no clean figures:\n{output}")
-    return Transactions(clients, float(rate[1]), float(mean[1]))
+    return Transactions(int(count[1]), float(rate[1]))
 
 
 def find_pgbench(postgres_bin: Path) -> Path:
@@ -171,5 +167,3 @@ def find_pgbench(postgres_bin: Path) -> Path:
     if system is None:
         raise GeneratorError("pgbench is missing: apt-get install postgresql-contrib.")
     return Path(system)
-
-

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -181,11 +182,11 @@ class Stack:
         self._say(f"Creating {self.users:,} users")
         for first in range(1, self.users + 1, USERS_AT_ONCE):
             last = min(first + USERS_AT_ONCE - 1, self.users)
-            self._sql.execute(CREATE_USERS, [first, last])
+            self.execute(CREATE_USERS, first=first, last=last)
         self._sql.execute("VACUUM ANALYZE users_user")
 
     def execute(self, query: str, **parameters: Any) -> list[tuple]:
-        cursor = self._sql.execute(query, parameters)  # type: ignore[arg-type]
+        cursor = self._sql.execute(query, parameters)
         return cursor.fetchall() if cursor.description else []
 
     def fresh(self, drops: int = 1, stock: int = 10_000_000) -> list[Hot]:
@@ -203,7 +204,7 @@ class Stack:
                 creator,
                 name=f"Drop {number}",
                 description="Made to measure.",
-                price="120.00",
+                price=Decimal("120.00"),
                 total_stock=stock,
                 status="live",
                 image_url="/static/storefront/glacier-runner.svg",
@@ -276,7 +277,7 @@ class Stack:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509
+                preexec_fn=end_with_parent,
             )
         return Process(process, log)
 
@@ -369,9 +370,9 @@ class Usage:
 
 def answers(port: int) -> bool:
     try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2)  # noqa: S310
-    except urllib.error.HTTPError:
-        return False
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2)
+    except urllib.error.HTTPError as exc:
+        return exc.code < 500
     except OSError:
         return False
     return True

@@ -4,14 +4,17 @@
 # index entries of users who come one after the other don't lie side by side.
 MULTIPLIER = 2654435761
 
-CREATE_USERS = """
+# SQL for the id of the user ``number``, a bigint; the same as in sql/reserve.sql.
+USER_ID = (
+    f"concat(lpad(to_hex(number * {MULTIPLIER} %% 4294967296), 8, '0'), '-0000-4000-8000-', "
+    "lpad(to_hex(number), 12, '0'))::uuid"
+)
+CREATE_USERS = f"""
     INSERT INTO users_user (id, username, password, email, is_superuser, is_staff, is_active,
                             date_joined)
-    SELECT concat(lpad(to_hex(number * 2654435761 % 4294967296), 8, '0'), '-0000-4000-8000-',
-                  lpad(to_hex(number), 12, '0'))::uuid,
-           'user_' || number, '', '', false, false, true, now()
-    FROM generate_series(%s::bigint, %s::bigint) AS number
-"""
+    SELECT {USER_ID}, 'user_' || number, '', '', false, false, true, now()
+    FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS number
+"""  # noqa: S608 - the constant above
 
 
 def user_id(number: int) -> str:

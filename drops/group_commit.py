@@ -52,7 +52,8 @@ class Lane:
 
     drop_id: uuid.UUID
     queue: deque[Waiting] = field(default_factory=deque)
-    is_running: bool = False
+    # Kept here, because the loop itself keeps only weak references to its tasks.
+    task: asyncio.Task[None] | None = None
     batch_seconds: float = 0.0
 
     def expected_wait_seconds(self) -> float:
@@ -103,9 +104,8 @@ class GroupCommit:
             raise Busy
         waiting: Waiting = Waiting(request, settle, asyncio.get_running_loop().create_future(), key)
         lane.queue.append(waiting)
-        if not lane.is_running:
-            lane.is_running = True
-            asyncio.create_task(self._run(lane))
+        if lane.task is None:
+            lane.task = asyncio.create_task(self._run(lane))
         return await waiting.answer
 
     async def _run(self, lane: Lane) -> None:
@@ -130,7 +130,7 @@ class GroupCommit:
                     waiting.answer.set_exception(answer.reason)
                 else:
                     waiting.answer.set_result(answer)
-        lane.is_running = False
+        lane.task = None
         if self._lanes.get(lane.drop_id) is lane:
             del self._lanes[lane.drop_id]
 

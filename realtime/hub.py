@@ -63,7 +63,8 @@ class Hub:
     def start_soon(self) -> None:
         """Begin to follow the log in the background, as soon as the database allows."""
         if self._started is None:
-            asyncio.create_task(self._start_until_it_works())
+            # Kept, because the loop itself keeps only weak references to its tasks.
+            self._starting = asyncio.create_task(self._start_until_it_works())
 
     async def _start_until_it_works(self) -> None:
         while True:

@@ -9,6 +9,7 @@ because they may be asking for what they hold.
 import asyncio
 import time
 import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -88,13 +89,21 @@ class Remembered:
         return shortage_of(variant, self.next_release_at)
 
 
+@dataclass
+class Reading:
+    """A drop that is being read; no longer current once something changed meanwhile."""
+
+    is_current: bool = True
+
+
 class ShortageMemory:
     """What one process remembers; all of it lives in one event loop but ``forget``."""
 
     def __init__(self) -> None:
         self._remembered: dict[uuid.UUID, Remembered] = {}
-        # Drops being read, and whether nothing changed since the reading began.
-        self._reading: dict[uuid.UUID, bool] = {}
+        self._reading: dict[uuid.UUID, Reading] = {}
+        # The loop itself keeps only weak references to its tasks.
+        self._tasks: set[asyncio.Task] = set()
         follow(self.forget)
 
     def refusal(self, drop_id: uuid.UUID, claim: Claim) -> Refusal | None:
@@ -108,7 +117,7 @@ class ShortageMemory:
             return None
         if now >= known.renew_at and not known.is_renewing:
             known.is_renewing = True
-            asyncio.create_task(self._renew(known))
+            self._start(self._renew(known))
         if claim.user_id in known.claimants:
             return None
         return known.refusal(claim)
@@ -118,21 +127,27 @@ class ShortageMemory:
         if not isinstance(refusal, MEMORABLE):
             return
         if drop_id not in self._reading and drop_id not in self._remembered:
-            self._reading[drop_id] = True
-            asyncio.create_task(self._learn(drop_id))
+            self._reading[drop_id] = Reading()
+            self._start(self._learn(drop_id))
 
     def forget(self, drop_id: str, events: Any = ()) -> None:
         """Forget a drop that changed; runs in any thread."""
         key = uuid.UUID(drop_id)
         self._remembered.pop(key, None)
-        if key in self._reading:
-            self._reading[key] = False
+        reading = self._reading.get(key)
+        if reading is not None:
+            reading.is_current = False
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _learn(self, drop_id: uuid.UUID) -> None:
         since = time.monotonic()
         try:
             known = await sync_to_async(read_state, thread_sensitive=False)(drop_id)
-            if known is not None and self._reading[drop_id]:
+            if known is not None and self._reading[drop_id].is_current:
                 known.extend(known.read_at, since)
                 self._remembered[drop_id] = known
         except (DatabaseError, PoolTimeout):

@@ -169,6 +169,17 @@ def running_web_servers(*servers: WebServer) -> Iterator[tuple[WebServer, ...]]:
             server.stop()
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line(
+        "markers", "restarts_database: comes last, because it takes the connections of all others"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("restarts_database") is not None)
+
+
 @pytest.fixture(scope="session")
 def session_web_servers(django_db_setup, django_db_blocker) -> Iterator[tuple[WebServer, ...]]:
     with running_web_servers(WebServer(), WebServer()) as servers:

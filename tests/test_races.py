@@ -37,7 +37,7 @@ from tests.unguarded import (
     STOCK_CONSTRAINTS,
     read_before_anyone_writes,
     without_constraints,
-    without_lock,
+    without_row_locks,
 )
 from users.models import User
 from users.tests.factories import UserFactory
@@ -46,14 +46,14 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 
 @pytest.fixture
-def unguarded(transactional_db, monkeypatch):
-    """Take away the row locks, and every constraint that would refuse the result."""
-    monkeypatch.setattr(QuerySet, "select_for_update", without_lock)
-    with without_constraints(
+def unguarded(transactional_db):
+    """Take away the threads' row locks, and every constraint that would refuse the result."""
+    constraints = (
         *STOCK_CONSTRAINTS,
         "one_active_reservation_per_user_and_drop",
         "purchases_purchase_reservation_id_key",
-    ):
+    )
+    with without_constraints(*constraints), without_row_locks():
         yield
 
 

@@ -3,6 +3,7 @@
 The project keeps each rule twice, by locks and by constraints; a twin test removes both.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from django.db import connection
-from django.db.models import QuerySet
+from django.db.backends.signals import connection_created
 
 from tests.concurrency import at_once
 
@@ -23,11 +24,31 @@ STOCK_CONSTRAINTS = (
     "drops_variant_available_stock_check",
     "one_event_per_sequence_number",
 )
+ROW_LOCK = re.compile(r"\sFOR (NO KEY )?UPDATE( OF [^\s,]+(, [^\s,]+)*)?( SKIP LOCKED)?")
 
 
-def without_lock(queryset: QuerySet, **options: Any) -> QuerySet:
-    """Stand in for ``QuerySet.select_for_update``."""
-    return queryset.all()
+def strip_row_locks(execute: Callable[..., Any], sql: str, *args: Any) -> Any:
+    """Wrap a connection's execution: rows are read as ever, and locked for nobody."""
+    return execute(ROW_LOCK.sub("", sql), *args)
+
+
+def take_no_row_locks(connection: Any, **signal: Any) -> None:
+    """Strip the locks on a new connection; a receiver of ``connection_created``."""
+    if strip_row_locks not in connection.execute_wrappers:
+        connection.execute_wrappers.append(strip_row_locks)
+
+
+@contextmanager
+def without_row_locks() -> Iterator[None]:
+    """Take no locks in the threads that connect during the block."""
+    connection_created.connect(take_no_row_locks)
+    try:
+        yield
+    finally:
+        connection_created.disconnect(take_no_row_locks)
+        # This thread may have connected anew as well, and lives on.
+        if strip_row_locks in connection.execute_wrappers:
+            connection.execute_wrappers.remove(strip_row_locks)
 
 
 @contextmanager

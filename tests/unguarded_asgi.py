@@ -3,11 +3,11 @@
 For the twins of the oversell tests only; nothing else imports this.
 """
 
-from django.db.models import QuerySet
+from django.db.backends.signals import connection_created
 
 from config.asgi import application
-from tests.unguarded import without_lock
+from tests.unguarded import take_no_row_locks
 
-QuerySet.select_for_update = without_lock  # type: ignore[method-assign]
+connection_created.connect(take_no_row_locks)
 
 __all__ = ["application"]

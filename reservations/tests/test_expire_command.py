@@ -147,6 +147,7 @@ def test_stops_between_two_batches_of_a_backlog(start_expiry):
 
 
 @pytest.mark.servers
+@pytest.mark.restarts_database
 def test_survives_a_restart_of_the_database(start_expiry, servers):
     if servers is None:
         pytest.skip("an outside PostgreSQL can't be restarted")
@@ -156,8 +157,9 @@ def test_survives_a_restart_of_the_database(start_expiry, servers):
 
     with connection.cursor() as cursor:
         cursor.execute("CHECKPOINT")  # test servers don't wait for the disk
-    servers.restart_postgres()
     connection.close()
+    connection.close_pool()
+    servers.restart_postgres()
     ReservationFactory(overdue=True)
 
     wait_until(lambda: expired() == 2, loop)

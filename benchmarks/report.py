@@ -1,0 +1,151 @@
+"""Write the results as Markdown."""
+
+import json
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from benchmarks.results import Goal, Result, Run
+
+METHOD = """
+One command, `python -m benchmarks`, starts a PostgreSQL and a Valkey of its own, creates the
+users, runs each scenario and throws everything away. The application runs as in production
+(`DEBUG=false`, durable commits, `HOT_ROUTES` on), with the command lines of `manage.py up`, except
+that holds last an hour, so that none ends in the middle of a run. **The load generator runs on the
+same cores as the servers.**
+
+Machines differ, so the figures to look at are the **ratios**. The runs of a ratio take turns, in
+alternating order; each has empty tables, a fresh server and a second of warm-up. A ratio is taken
+repeat by repeat; what counts is the median, and the smallest and largest stand beside it.
+
+- **H0** is an ASGI callable that does nothing but answer, with as many bytes of body, on the same
+  server, with the same requests and connections: the most that the server can give.
+- **L1** is pgbench with one reservation per transaction, each a single statement that updates the
+  drop's and the variant's counters and inserts the reservation and its event into the same tables
+  with the same indexes: prepared, over the unix socket, the best of 1, 4, 16 and 64 clients. It
+  checks less than the application: neither the drop's window nor what the user has already.
+- Closed loops are wrk with one thread; their latency is what wrk saw. Open loops are a client of
+  ours that counts from the moment at which a request was due, so a stall of the server shows.
+- CPU is user and system time by `/proc`, of the web server with all its workers, and of PostgreSQL
+  with all its backends, per success. Memory is the web server's resident memory after the run.
+- After each run the stock audit (`manage.py audit_stock`) must find nothing, all answers must have
+  the expected status, and the tables must hold as many rows as were confirmed.
+"""
+
+
+def to_markdown(
+    results: Sequence[Result], machine: dict[str, str], conditions: dict[str, str]
+) -> str:
+    """Return the whole report."""
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m benchmarks`; don't edit. See `benchmarks/`.",
+        "## Goals",
+        _goals([(result.title, goal) for result in results for goal in result.goals]),
+        _problems([problem for result in results for problem in result.problems]),
+        "## Machine and conditions",
+        _table(["", ""], [[name, value] for name, value in (machine | conditions).items()]),
+        "## Method",
+        METHOD.strip(),
+        *(_scenario(result) for result in results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_json(results: Sequence[Result], machine: dict[str, str], conditions: dict[str, str]) -> str:
+    data = {
+        "machine": machine,
+        "conditions": conditions,
+        "results": [asdict(result) for result in results],
+    }
+    return json.dumps(data, indent=2)
+
+
+def verdict(goal: Goal) -> str:
+    if not goal.is_met:
+        return "**not met**"
+    if goal.stretch is None:
+        return "met"
+    return "met, and the stretch" if goal.is_stretched else "met"
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    """Return ``value`` with three significant digits; whole from a hundred on."""
+    if value is None:
+        return "–"
+    if value != value:
+        return "none"
+    digits = 0 if abs(value) >= 100 or value == int(value) else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}{unit}"
+
+
+def _goals(goals: Sequence[tuple[str, Goal]]) -> str:
+    sign = {"at least": "≥ ", "at most": "≤ ", "exactly": ""}
+    return _table(
+        ["scenario", "figure", "median", "min to max", "goal", "stretch", ""],
+        [
+            [
+                title,
+                goal.title,
+                f"**{figure(goal.median, goal.unit)}**",
+                f"{figure(min(goal.values))} to {figure(max(goal.values))}",
+                sign[goal.rule] + figure(goal.goal, goal.unit),
+                "–" if goal.stretch is None else sign[goal.rule] + figure(goal.stretch, goal.unit),
+                verdict(goal),
+            ]
+            for title, goal in goals
+        ],
+    )
+
+
+def _problems(problems: Sequence[str]) -> str:
+    if not problems:
+        return "Every stock audit found nothing, every answer was as expected."
+    return "**Something was wrong:**\n\n" + "\n".join(f"- {problem}" for problem in problems)
+
+
+def _scenario(result: Result) -> str:
+    parts = [
+        f"## {result.title}",
+        textwrap.fill(result.method, 100),
+        _runs(result.rows),
+        "\n".join(
+            f"- {goal.title}: **{figure(goal.median, goal.unit)}** "
+            f"({figure(min(goal.values))} to {figure(max(goal.values))}), {verdict(goal)}."
+            for goal in result.goals
+        ),
+        *(textwrap.fill(note, 100) for note in result.notes),
+    ]
+    return "\n\n".join(parts)
+
+
+COLUMNS: dict[str, Callable[[Run], float | None]] = {
+    "per second": lambda run: run.per_second,
+    "p50 ms": lambda run: run.p50_ms,
+    "p99 ms": lambda run: run.p99_ms,
+    "p99.9 ms": lambda run: run.p999_ms,
+    "web CPU ms": lambda run: run.web_cpu_ms,
+    "PostgreSQL CPU ms": lambda run: run.postgres_cpu_ms,
+    "web MB": lambda run: run.web_mb,
+}
+
+
+def _runs(rows: dict[str, list[Run]]) -> str:
+    """Return the medians of each kind of run; of the throughput also the smallest and largest."""
+    lines = []
+    for name, runs in rows.items():
+        line = [name]
+        for column, read in COLUMNS.items():
+            values = [value for value in map(read, runs) if value is not None]
+            text = figure(statistics.median(values)) if values else "–"
+            if column == "per second" and len(values) > 1:
+                text += f" ({figure(min(values))} to {figure(max(values))})"
+            line.append(text)
+        lines.append(line)
+    return _table(["run", *COLUMNS], lines)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
