@@ -22,10 +22,7 @@ from drops.group_commit import GroupCommit
 from drops.hot_claims import HotClaim, identity_of, settle_claims, settle_in_batch
 from purchases.models import Purchase
 from purchases.services import purchase_many
-from reservations.exceptions import ReservationRequired
-from users.exceptions import UnknownUser
 from users.idempotency import Answer
-from users.models import User
 
 
 class PurchaseEndpoint:
@@ -54,20 +51,7 @@ class PurchaseEndpoint:
 def settle_purchases(
     drop_id: uuid.UUID, requests: Sequence[HotClaim]
 ) -> list[Answer | APIException]:
-    answers = settle_claims(drop_id, requests, purchase_many, encode)
-    # Who holds nothing was not looked up; a viewset would have asked who they are first.
-    without = {
-        request.identity.user_id
-        for request, answer in zip(requests, answers, strict=True)
-        if isinstance(answer, ReservationRequired)
-    }
-    if without:
-        known = User.objects.filter(pk__in=without, is_active=True).values_list("pk", flat=True)
-        unknown = without - set(known)
-        for index, request in enumerate(requests):
-            if request.identity.user_id in unknown:
-                answers[index] = UnknownUser()
-    return answers
+    return settle_claims(drop_id, requests, purchase_many, encode)
 
 
 def encode(purchase: Purchase) -> Answer:

@@ -4,15 +4,16 @@ import uuid
 from collections.abc import Sequence
 from copy import copy
 from datetime import timedelta
+from typing import Any
 
-from django.db import transaction
-from django.db.models import Case, IntegerField, When
+from django.db import connection, transaction
 from rest_framework.exceptions import APIException
 
+from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop
 from drops.services import LockedDrop, lock_drop
-from purchases.models import Purchase
+from purchases.models import Purchase, PurchaseStatus
 from realtime.models import EventType
 from reservations.exceptions import (
     ReservationExpired,
@@ -20,9 +21,12 @@ from reservations.exceptions import (
     ReservationRequired,
 )
 from reservations.models import Reservation, ReservationStatus
+from reservations.services import COLUMNS as RESERVATION_COLUMNS
 from reservations.services import raise_refusal
 from users.exceptions import UnknownUser
+from users.models import User
 
+COLUMNS = [field.attname for field in Purchase._meta.concrete_fields]
 FEED_LENGTH = 3
 
 
@@ -58,14 +62,14 @@ def purchase_many(
     outcomes: list[Purchase | APIException] = []
     for user_id in user_ids:
         reservation = latest.get(user_id)
-        if reservation is None:
-            outcomes.append(ReservationRequired())
-        elif not reservation.user.is_active:
+        if user_id not in latest:
             outcomes.append(UnknownUser())
+        elif reservation is None:
+            outcomes.append(ReservationRequired())
         elif user_id in bought:
             outcomes.append(repeat(bought[user_id]))
         elif reservation.status == ReservationStatus.CONSUMED:
-            outcomes.append(reservation.purchase)
+            outcomes.append(Purchase.objects.get(reservation=reservation))
         elif refusal := refusal_to_sell(locked.drop, reservation):
             outcomes.append(refusal)
         else:
@@ -80,23 +84,42 @@ def purchase_many(
     return outcomes
 
 
-def latest_reservations(drop: Drop, user_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Reservation]:
-    """Return each user's active reservation of the drop, or else the newest one."""
-    active_first = Case(
-        When(status=ReservationStatus.ACTIVE, then=0), default=1, output_field=IntegerField()
-    )
-    rows = (
-        Reservation.objects.with_clock()
-        .filter(drop=drop, user__in=set(user_ids))
-        .select_related("user", "purchase")
-        .order_by("user_id", active_first, "-created_at")
-        .distinct("user_id")
-    )
-    latest = {row.user_id: row for row in rows}
-    # One moment for all of the batch: the rows' own would follow the order of their reading.
-    read_at = [row.read_at for row in latest.values()]
-    for row in latest.values():
-        row.read_at = max(read_at)
+def latest_reservations(
+    drop: Drop, user_ids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, Reservation | None]:
+    """Return each user's active reservation of the drop, or else the newest one, if any.
+
+    Unknown and inactive users are left out. All rows have the same ``read_at``.
+    """
+    columns = ", ".join(f"mine.{column}" for column in RESERVATION_COLUMNS)
+    with connection.cursor() as cursor:
+        # LIMIT 1 within the lateral join keeps the look-up per user in the index; see
+        # reservations.services.read_shares.
+        cursor.execute(
+            f"""
+            SELECT clock_timestamp(), buyer.id, buyer.username, {columns}
+            FROM users_user AS buyer
+            LEFT JOIN LATERAL (
+                SELECT *
+                FROM reservations_reservation
+                WHERE user_id = buyer.id AND drop_id = %s
+                ORDER BY status <> %s, created_at DESC
+                LIMIT 1
+            ) AS mine ON true
+            WHERE buyer.id = ANY(%b::uuid[]) AND buyer.is_active
+            """,  # noqa: S608 - the columns are the model's own
+            [drop.pk, ReservationStatus.ACTIVE, list(set(user_ids))],
+        )
+        rows = cursor.fetchall()
+    latest: dict[uuid.UUID, Reservation | None] = {}
+    for _, user_id, username, *values in rows:
+        latest[user_id] = None
+        if values[0] is not None:
+            reservation = Reservation.from_db("default", RESERVATION_COLUMNS, values)
+            reservation.user = User(pk=user_id, username=username)
+            # One moment for all: the rows' own would follow the order of their reading.
+            reservation.read_at = rows[-1][0]
+            latest[user_id] = reservation
     return latest
 
 
@@ -112,17 +135,24 @@ def refusal_to_sell(drop: Drop, reservation: Reservation) -> APIException | None
 
 def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purchase:
     """Make the purchase in memory and move its units; ``number`` counts within the batch."""
-    purchase = Purchase(
-        reservation=reservation,
-        drop=locked.drop,
-        variant_id=reservation.variant_id,
-        user=reservation.user,
-        quantity=reservation.quantity,
-        amount=reservation.unit_price * reservation.quantity,
-        currency=reservation.currency,
-        # Keeps the order of the batch visible in the feed, which is sorted by time.
-        created_at=reservation.read_at + timedelta(microseconds=number),
+    # Keeps the order of the batch visible in the feed, which is sorted by time.
+    now = reservation.read_at + timedelta(microseconds=number)
+    values: tuple[Any, ...] = (
+        new_id(),
+        reservation.pk,
+        locked.drop.pk,
+        reservation.variant_id,
+        reservation.user_id,
+        reservation.quantity,
+        reservation.unit_price * reservation.quantity,
+        reservation.currency,
+        PurchaseStatus.PAID.value,
+        now,
     )
+    # In the order of the fields, as if it were read; see reservations.services.
+    purchase = Purchase.from_db("default", COLUMNS, values)
+    purchase.reservation = reservation
+    purchase.user = reservation.user
     purchase.is_new = True
     locked.move(locked.variants[reservation.variant_id], sold=reservation.quantity)
     locked.record(
@@ -137,11 +167,38 @@ def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purcha
 
 
 def store(locked: LockedDrop, purchases: list[Purchase]) -> None:
-    Reservation.objects.filter(pk__in=[p.reservation_id for p in purchases]).update(
-        status=ReservationStatus.CONSUMED
-    )
-    Purchase.objects.bulk_create(purchases)
-    set_feed(locked, [feed_entry(p) for p in reversed(purchases)] + locked.drop.latest_purchasers)
+    """Write the purchases of one drop, and that their reservations are consumed."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])
+            """,
+            [ReservationStatus.CONSUMED, [purchase.reservation_id for purchase in purchases]],
+        )
+        cursor.execute(
+            """
+            INSERT INTO purchases_purchase
+                (drop_id, status, id, reservation_id, variant_id, user_id, quantity,
+                 amount, currency, created_at)
+            SELECT %s, %s, bought.*
+            FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::uuid[], %b::int[],
+                        %s::numeric[], %s::text[], %s::timestamptz[]) AS bought
+            """,
+            [
+                locked.drop.pk,
+                PurchaseStatus.PAID,
+                [purchase.pk for purchase in purchases],
+                [purchase.reservation_id for purchase in purchases],
+                [purchase.variant_id for purchase in purchases],
+                [purchase.user_id for purchase in purchases],
+                [purchase.quantity for purchase in purchases],
+                [purchase.amount for purchase in purchases],
+                [purchase.currency for purchase in purchases],
+                [purchase.created_at for purchase in purchases],
+            ],
+        )
+    newest_first = list(reversed(purchases[-FEED_LENGTH:]))
+    set_feed(locked, [feed_entry(p) for p in newest_first] + locked.drop.latest_purchasers)
 
 
 def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
