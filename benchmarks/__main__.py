@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from benchmarks.load import GeneratorError, require_wrk
 from benchmarks.profiling import find_py_spy, profile_reserve
 from benchmarks.report import figure, to_json, to_markdown, verdict
 from benchmarks.results import Result
-from benchmarks.scenarios import SCENARIOS, Bench, users_needed
+from benchmarks.runs import Bench
+from benchmarks.scenarios import SCENARIOS, users_needed
 from benchmarks.stack import BASE_DIR, Stack, StackError
 
 REPORT = BASE_DIR / "docs" / "benchmarks.md"
@@ -27,6 +29,8 @@ def main() -> int:
     options = read_arguments()
     console = Console(highlight=False, soft_wrap=True)
     raise_open_files()
+    # SIGTERM takes the same way out as Ctrl-C, so that all servers stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     conditions = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -100,7 +104,13 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Result], di
         for name in SCENARIOS:
             if name in names:
                 console.rule(name) if console.is_terminal else say(f"Scenario {name}")
-                results.append(SCENARIOS[name](bench))
+                try:
+                    results.append(SCENARIOS[name](bench))
+                except (GeneratorError, StackError) as exc:
+                    # The others are worth their figures all the same.
+                    say(f"{name} failed: {exc}")
+                    problems = [*bench.take_problems(), f"{name} failed: {type(exc).__name__}"]
+                    results.append(Result(name, name, "It failed.", problems=problems))
         if options.profile:
             say("Profiling a reserve run")
             profile_reserve(stack, max(10, options.seconds))
@@ -112,7 +122,7 @@ def show_goals(results: Sequence[Result], console: Console) -> None:
         for result in results:
             for goal in result.goals:
                 found = figure(goal.median, goal.unit)
-                wanted = figure(goal.goal, goal.unit)
+                wanted = f"{goal.goal:g}{goal.unit}"
                 say = verdict(goal).replace("*", "")
                 console.print(f"{result.name}: {goal.title} {found} ({goal.rule} {wanted}): {say}")
         return
@@ -123,8 +133,8 @@ def show_goals(results: Sequence[Result], console: Console) -> None:
                 result.name,
                 goal.title,
                 figure(goal.median, goal.unit),
-                f"{goal.rule} {figure(goal.goal, goal.unit)}",
-                figure(goal.stretch, goal.unit),
+                f"{goal.rule} {goal.goal:g}{goal.unit}",
+                "–" if goal.stretch is None else f"{goal.stretch:g}{goal.unit}",
                 verdict(goal).replace("*", ""),
                 style="green" if goal.is_met else "red",
             )

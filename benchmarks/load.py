@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,27 +101,33 @@ def parse_wrk(output: str) -> Load:
     )
 
 
-def start_client(plan: Plan) -> subprocess.Popen[str]:
+@contextmanager
+def background_client(plan: Plan) -> Iterator[Callable[..., Report]]:
+    """Run a client during the block; call what it gives for its report, ``early`` or at the end."""
     command = [sys.executable, "-m", "benchmarks.client", json.dumps(asdict(plan))]
-    return subprocess.Popen(  # noqa: S603 - our own program
+    process = subprocess.Popen(  # noqa: S603 - our own program
         command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True
     )
 
-
-def finish_client(process: subprocess.Popen[str], plan: Plan) -> Report:
-    try:
+    def finish(*, early: bool = True) -> Report:
+        if early:
+            process.terminate()
         output, _ = process.communicate(timeout=plan.count * plan.interval_seconds + GRACE_SECONDS)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    if process.returncode:
-        raise GeneratorError(f"benchmarks.client ended with code {process.returncode}.")
-    return Report(**json.loads(output))
+        if process.returncode:
+            raise GeneratorError(f"benchmarks.client ended with code {process.returncode}.")
+        return Report(**json.loads(output))
+
+    try:
+        yield finish
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def run_client(plan: Plan) -> Report:
-    return finish_client(start_client(plan), plan)
+    with background_client(plan) as finish:
+        return finish(early=False)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Write the results as Markdown."""
 
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from benchmarks.results import Goal, Result, Run
 
+# Written by hand: why a figure can't be reached here, and what the limit is.
+LIMITS = Path(__file__).with_name("limits.md")
 METHOD = """
 One command, `python -m benchmarks`, starts a PostgreSQL and a Valkey of its own, creates the
 users, runs each scenario and throws everything away. The application runs as in production
@@ -50,6 +54,8 @@ def to_markdown(
         METHOD.strip(),
         *(_scenario(result) for result in results),
     ]
+    if LIMITS.exists():
+        parts.append(LIMITS.read_text().strip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,10 +80,10 @@ def figure(value: float | None, unit: str = "") -> str:
     """Return ``value`` with three significant digits; whole from a hundred on."""
     if value is None:
         return "–"
-    if value != value:
+    if math.isnan(value):
         return "none"
-    digits = 0 if abs(value) >= 100 or value == int(value) else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}{unit}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{min(digits, 3)}f}{unit}"
 
 
 def _goals(goals: Sequence[tuple[str, Goal]]) -> str:
@@ -90,8 +96,8 @@ def _goals(goals: Sequence[tuple[str, Goal]]) -> str:
                 goal.title,
                 f"**{figure(goal.median, goal.unit)}**",
                 f"{figure(min(goal.values))} to {figure(max(goal.values))}",
-                sign[goal.rule] + figure(goal.goal, goal.unit),
-                "–" if goal.stretch is None else sign[goal.rule] + figure(goal.stretch, goal.unit),
+                f"{sign[goal.rule]}{goal.goal:g}{goal.unit}",
+                "–" if goal.stretch is None else f"{sign[goal.rule]}{goal.stretch:g}{goal.unit}",
                 verdict(goal),
             ]
             for title, goal in goals

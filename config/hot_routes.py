@@ -71,7 +71,8 @@ class HotAnswer:
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    content_type: bytes = b"application/json"
+    # None for an answer that has no body of any kind.
+    content_type: bytes | None = b"application/json"
 
 
 Endpoint = Callable[[HotRequest], Awaitable[HotAnswer]]
@@ -134,12 +135,13 @@ class HotRoutes:
         return None, ()
 
     async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
+        content_type = [(b"content-type", answer.content_type)] if answer.content_type else []
         await send(
             {
                 "type": "http.response.start",
                 "status": answer.status,
                 "headers": [
-                    (b"content-type", answer.content_type),
+                    *content_type,
                     (b"content-length", str(len(answer.body)).encode()),
                     (b"x-request-id", request.request_id.encode()),
                     *self._common_headers(route.methods),
@@ -178,8 +180,10 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
             found[name] = value.decode("latin-1")
     if not host_is_allowed(found.get(b"host", "")):
         raise FallThrough
-    accept = found.get(b"accept")
-    if accept is not None and "*/*" not in accept and "application/json" not in accept:
+    if not accepts_json(found.get(b"accept", "*/*")):
+        raise FallThrough
+    if scope["method"] == "POST" and scope["query_string"]:
+        # It says nothing, except that ?format= is understood everywhere.
         raise FallThrough
     length = found.get(b"content-length", "0")
     if b"transfer-encoding" in found or not length.isdigit():
@@ -196,6 +200,16 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         args=args,
         request_id=request_id(found.get(b"x-request-id")),
     )
+
+
+@lru_cache(1024)
+def accepts_json(accept: str) -> bool:
+    """Say whether plain JSON is surely what an Accept header asks for."""
+    kinds = {kind.strip().lower() for kind in accept.split(",")}
+    plain = {"*/*", "application/json"}
+    # With a parameter, like indent=4, JSON is made another way.
+    is_special = any(kind.startswith("application/json") for kind in kinds - plain)
+    return not kinds.isdisjoint(plain) and not is_special
 
 
 @lru_cache(1024)
@@ -271,9 +285,11 @@ def drop_id_of(request: HotRequest) -> uuid.UUID:
 @lru_cache(1024)
 def parse_uuid(text: str) -> uuid.UUID | None:
     try:
-        return uuid.UUID(text) if len(text) == 36 else None
+        parsed = uuid.UUID(text)
     except ValueError:
         return None
+    # uuid.UUID also takes hyphens anywhere, and a urn.
+    return parsed if str(parsed) == text.lower() else None
 
 
 def json_object(request: HotRequest) -> dict[str, Any]:

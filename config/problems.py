@@ -14,6 +14,8 @@ from rest_framework import exceptions
 from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 
+from config.database import discard_dead_connections
+
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "application/problem+json"
@@ -97,6 +99,7 @@ def to_api_exception(exc: Exception) -> APIException:
         return exceptions.PermissionDenied()
     if is_outage(exc):
         logger.warning("database: %s", exc)
+        discard_dead_connections()
         return Unavailable()
     if isinstance(exc, OperationalError):
         logger.warning("database: %s", exc)

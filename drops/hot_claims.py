@@ -11,8 +11,10 @@ from rest_framework.exceptions import APIException, NotFound
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
 from drops.group_commit import GroupCommit
 from drops.models import Drop
+from users.exceptions import InvalidIdempotencyKey, UnknownUser
 from users.idempotency import Answer, Key, answer_once, make_key
 from users.identity import Identity, create_users, read_identity
+from users.models import User
 
 # Users that this process has made or found, in development; forgotten all at once when full.
 MAX_KNOWN_USERS = 100_000
@@ -41,23 +43,30 @@ def identity_of(request: HotRequest) -> Identity:
     return identity
 
 
+def key_of(request: HotRequest, identity: Identity) -> Key | None:
+    """Return the key that makes a repeat safe, if the request has one.
+
+    Raises:
+        FallThrough: it has one that is not allowed.
+    """
+    given = request.header(b"idempotency-key")
+    if given is None:
+        return None
+    try:
+        return make_key(identity.user_id, request.method, request.path, given, request.body)
+    except InvalidIdempotencyKey:
+        raise FallThrough from None
+
+
 async def settle_in_batch(
     group: GroupCommit,
     drop_id: uuid.UUID,
     settle: Callable[[uuid.UUID, Sequence[HotClaim]], list[Any]],
-    request: HotRequest,
-    identity: Identity,
-    claim: Any,
+    claim: HotClaim,
 ) -> HotAnswer | APIException:
     """Return the answer of the batch that ``claim`` went out with, or its refusal."""
-    given = request.header(b"idempotency-key")
-    key = (
-        make_key(identity.user_id, request.method, request.path, given, request.body)
-        if given is not None
-        else None
-    )
-    batch_key: Hashable | None = key.identity if key else None
-    answer = await group.submit(drop_id, settle, HotClaim(identity, key, claim), batch_key)
+    batch_key: Hashable | None = claim.key.identity if claim.key else None
+    answer = await group.submit(drop_id, settle, claim, batch_key)
     if isinstance(answer, APIException):
         return answer
     replayed = ((b"idempotent-replayed", b"true"),) if answer.is_replayed else ()
@@ -84,7 +93,10 @@ def settle_claims(
     try:
         return answer_once([request.key for request in requests], settle)
     except Drop.DoesNotExist:
-        return [NotFound()] * len(requests)
+        # Who asks comes first, as everywhere.
+        users = User.objects.filter(pk__in=[r.identity.user_id for r in requests], is_active=True)
+        known = set(users.values_list("pk", flat=True))
+        return [NotFound() if r.identity.user_id in known else UnknownUser() for r in requests]
 
 
 def _make_unknown_users(requests: Sequence[HotClaim]) -> None:

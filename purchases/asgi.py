@@ -19,7 +19,7 @@ from config.hot_routes import (
 from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
-from drops.hot_claims import HotClaim, identity_of, settle_claims, settle_in_batch
+from drops.hot_claims import HotClaim, identity_of, key_of, settle_claims, settle_in_batch
 from purchases.models import Purchase
 from purchases.services import purchase_many
 from users.idempotency import Answer
@@ -40,9 +40,8 @@ class PurchaseEndpoint:
         identity = identity_of(request)
         if json_object(request):
             raise FallThrough
-        outcome = await settle_in_batch(
-            self.group, drop_id, settle_purchases, request, identity, identity.user_id
-        )
+        claim = HotClaim(identity, key_of(request, identity), identity.user_id)
+        outcome = await settle_in_batch(self.group, drop_id, settle_purchases, claim)
         if isinstance(outcome, APIException):
             return problem_answer(outcome, request.request_id)
         return outcome

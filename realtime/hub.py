@@ -113,6 +113,9 @@ class Hub:
                         await self._take(message)
                     except DatabaseError as exc:
                         logger.warning("the event log can't be read: %s", exc)
+                    except Exception:
+                        # Subscribing again would not mend a message that makes no sense.
+                        logger.exception("a message could not be used")
             except asyncio.CancelledError:
                 raise
             except Exception as exc:
@@ -133,6 +136,9 @@ class Hub:
                         self._start_over(drop_id, seq)
             except DatabaseError as exc:
                 logger.warning("the event log can't be read: %s", exc)
+            except Exception:
+                # Whatever it was, clients must not be left without events for it.
+                logger.exception("catching up failed; trying again")
 
     def _start_over(self, drop_id: str, seq: int) -> None:
         """Follow a drop whose numbers went back: a restored backup, or fresh demo data.

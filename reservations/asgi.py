@@ -21,7 +21,7 @@ from config.serializers import LARGEST_INTEGER
 from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
-from drops.hot_claims import HotClaim, identity_of, settle_claims, settle_in_batch
+from drops.hot_claims import HotClaim, identity_of, key_of, settle_claims, settle_in_batch
 from reservations.memory import ShortageMemory
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, reserve_many
@@ -44,10 +44,11 @@ class ReserveEndpoint:
         drop_id = drop_id_of(request)
         identity = identity_of(request)
         claim = read_claim(request, identity)
-        if refusal := self.memory.refusal(drop_id, claim):
+        key = key_of(request, identity)
+        if refusal := self.memory.refusal(drop_id, claim, may_be_repeat=key is not None):
             return problem_answer(refusal, request.request_id)
         outcome = await settle_in_batch(
-            self.group, drop_id, settle_reserves, request, identity, claim
+            self.group, drop_id, settle_reserves, HotClaim(identity, key, claim)
         )
         if isinstance(outcome, APIException):
             self.memory.learn(drop_id, outcome)

@@ -3,7 +3,8 @@
 In a drop most requests are too late. This memory may refuse, never accept: it holds a
 drop's state as it was read at most ``MAX_AGE_SECONDS`` ago and is forgotten as soon as this
 process makes or hears of a change. Whoever has something of the drop is never refused here,
-because they may be asking for what they hold.
+because they may be asking for what they hold; nor who had something once and comes with an
+idempotency key, because they may be asking for their first answer.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from drops.exceptions import (
 from drops.models import Drop, Variant
 from realtime.publisher import follow
 from reservations.exceptions import FullyReserved, SoldOut
-from reservations.models import Reservation
+from reservations.models import Reservation, ReservationQuerySet
 from reservations.services import COUNTS_AGAINST_LIMIT, Claim, next_release_at, shortage_of
 
 MAX_AGE_SECONDS = 0.25
@@ -50,6 +51,8 @@ class Remembered:
     drop: Drop
     variants: dict[uuid.UUID, Variant]
     claimants: frozenset[uuid.UUID]
+    # Whose hold has ended; None where these are too many to remember.
+    former: frozenset[uuid.UUID] | None
     next_release_at: datetime | None
     read_at: datetime
     until: float = 0.0
@@ -106,7 +109,9 @@ class ShortageMemory:
         self._tasks: set[asyncio.Task] = set()
         follow(self.forget)
 
-    def refusal(self, drop_id: uuid.UUID, claim: Claim) -> Refusal | None:
+    def refusal(
+        self, drop_id: uuid.UUID, claim: Claim, *, may_be_repeat: bool = False
+    ) -> Refusal | None:
         """Return why ``claim`` fails, where that is certain enough, else None."""
         known = self._remembered.get(drop_id)
         if known is None:
@@ -119,6 +124,8 @@ class ShortageMemory:
             known.is_renewing = True
             self._start(self._renew(known))
         if claim.user_id in known.claimants:
+            return None
+        if may_be_repeat and (known.former is None or claim.user_id in known.former):
             return None
         return known.refusal(claim)
 
@@ -172,22 +179,28 @@ def read_state(drop_id: uuid.UUID) -> Remembered | None:
     """Read what a refusal needs, or None for a drop with too many claimants."""
     try:
         drop = Drop.objects.read_now().get(pk=drop_id)
-        claimants = list(
-            Reservation.objects.filter(drop=drop_id, status__in=COUNTS_AGAINST_LIMIT)
-            .values_list("user_id", flat=True)
-            .distinct()[: MAX_CLAIMANTS + 1]
-        )
-        if len(claimants) > MAX_CLAIMANTS:
+        reservations = Reservation.objects.filter(drop=drop_id)
+        claimants = users_of(reservations.filter(status__in=COUNTS_AGAINST_LIMIT))
+        if claimants is None:
             return None
         return Remembered(
             drop=drop,
             variants={variant.pk: variant for variant in drop.variants.all()},
-            claimants=frozenset(claimants),
+            claimants=claimants,
+            former=users_of(reservations.exclude(status__in=COUNTS_AGAINST_LIMIT)),
             next_release_at=next_release_at(drop) if drop.held_stock else None,
             read_at=drop.read_at,
         )
     finally:
         connection.close()
+
+
+def users_of(reservations: ReservationQuerySet) -> frozenset[uuid.UUID] | None:
+    """Return who made ``reservations``, or None where these are too many."""
+    users = (
+        reservations.order_by().values_list("user_id", flat=True).distinct()[: MAX_CLAIMANTS + 1]
+    )
+    return frozenset(users) if len(users) <= MAX_CLAIMANTS else None
 
 
 def read_seq(drop_id: uuid.UUID) -> tuple[int, datetime]:

@@ -101,8 +101,11 @@ class Reservation(models.Model):
             ),
         ]
         indexes = [
-            # Read by reserve (the claimants' holds and purchases) and by a user's own list.
-            models.Index(fields=["user", "drop"], name="reservation_by_user_and_drop"),
+            # Read by reserve and purchase (what the claimants have), and by the memory of
+            # shortage (everybody who has something).
+            models.Index(fields=["drop", "user"], name="reservation_by_drop_and_user"),
+            # Read by a user's own list.
+            models.Index(fields=["user", "-created_at"], name="reservation_by_user"),
             # Read by expiry, and by refusals that name the next release.
             models.Index(
                 fields=["drop", "expires_at"],

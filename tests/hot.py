@@ -127,11 +127,13 @@ def post(address: str, user: Any = None, body: Any = None, **headers: str) -> Re
 
 
 @contextmanager
-def hot_lane() -> Iterator[Lane]:
+def hot_lane(*, hears_others: bool = False) -> Iterator[Lane]:
     """Serve by the hot routes, with nothing remembered; leave nothing behind."""
     followers = list(publisher._followers)
     with override_settings(HOT_ROUTES=True):
         application = http_application()
+    if not hears_others:
+        application.on_first_request = lambda: None
     group = application.routes[0].endpoint.group
     try:
         yield Lane(application)

@@ -155,8 +155,8 @@ def test_a_user_who_buys_twice_at_once_stays_within_the_limit():
 def test_without_the_guard_a_user_who_buys_twice_at_once_exceeds_the_limit(unguarded):
     drop, _ = reserve_what_the_limit_allows_once()
 
-    available, held, sold = stock_of(drop)
-    assert (available, held + sold) == (2, 3)
+    _, held, sold = stock_of(drop)
+    assert held + sold > 2
 
 
 def test_a_crowd_of_one_user_stays_within_the_limit():
