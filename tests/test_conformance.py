@@ -976,11 +976,11 @@ def test_conditional_reads_are_the_same(drops_of_each_kind):
 
 @on_an_empty_database
 def test_bad_input_is_refused_the_same_way_and_stores_nothing(request):
-    world = request.getfixturevalue("world")
+    rows = request.getfixturevalue("world")
 
     def steps(api: Client) -> None:
         for bad in BAD.values():
-            api(as_request(bad, world))
+            api(as_request(bad, rows))
 
     before = everything()
     by_viewsets = play(steps, viewset_lane)
@@ -992,11 +992,11 @@ def test_bad_input_is_refused_the_same_way_and_stores_nothing(request):
         assert [bad, exact(pair[0])] == [bad, exact(pair[1])]
 
 
-def as_request(bad: Bad, world: dict[str, Any]) -> Request:
+def as_request(bad: Bad, rows: dict[str, Any]) -> Request:
     path = bad.path
-    for name, pk in world.items():
+    for name, pk in rows.items():
         path = path.replace(f"{{{name}}}", str(pk))
-    named = {"X-User-Id": str(world["user"]), "Content-Type": bad.content_type}
+    named = {"X-User-Id": str(rows["user"]), "Content-Type": bad.content_type}
     for name, value in bad.headers.items():
         named[name.removeprefix("HTTP_").replace("_", "-").title()] = value
     return Request(bad.method, f"/api/{path}", (bad.raw,) if bad.raw else (), tuple(named.items()))

@@ -46,11 +46,8 @@ def test_writes_goals_runs_and_problems():
 
     text = to_markdown([result], {"cores": "2"}, {"repeats": "2"})
 
-    assert (
-        "| The herd | everybody answered | **1.20 s** | 0.90 to 1.50 | ≤ 2 s | ≤ 1 s | met |"
-        in text
-    )
-    assert "| uvicorn | 5,500 (5,000 to 6,000) | – | 30 | – | – | – | – |" in text
+    assert "| everybody answered | **1.20 s** | 0.900 to 1.50 | ≤ 2 s | ≤ 1 s | met |" in text
+    assert "| uvicorn | 5,500 (5,000 to 6,000) | – | 30.0 | – | – | – | – |" in text
     assert "- audit: something" in text
     assert json.loads(to_json([result], {}, {}))["results"][0]["name"] == "herd"
 
