@@ -12,7 +12,7 @@ HOLD = f"""
         INSERT INTO reservations_reservation
             (id, drop_id, variant_id, user_id, quantity, unit_price, currency, status,
              created_at, expires_at)
-        SELECT gen_random_uuid(), d.id, %(variant)s, {USER_ID}, 1, d.price, d.currency, 'ACTIVE',
+        SELECT uuidv7(), d.id, %(variant)s, {USER_ID}, 1, d.price, d.currency, 'ACTIVE',
                now(), to_timestamp(%(ends)s)
         FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS number, drops_drop d
         WHERE d.id = %(drop)s
@@ -28,7 +28,7 @@ SELL = f"""
         INSERT INTO reservations_reservation
             (id, drop_id, variant_id, user_id, quantity, unit_price, currency, status,
              created_at, expires_at)
-        SELECT gen_random_uuid(), d.id, %(variant)s, {USER_ID}, 1, d.price, d.currency, 'CONSUMED',
+        SELECT uuidv7(), d.id, %(variant)s, {USER_ID}, 1, d.price, d.currency, 'CONSUMED',
                now() - number * interval '1 millisecond', now() + interval '1 hour'
         FROM generate_series(%(first)s::bigint, %(last)s::bigint) AS number, drops_drop d
         WHERE d.id = %(drop)s
@@ -37,7 +37,7 @@ SELL = f"""
         INSERT INTO purchases_purchase
             (id, reservation_id, drop_id, variant_id, user_id, quantity, amount, currency, status,
              created_at)
-        SELECT gen_random_uuid(), id, drop_id, variant_id, user_id, 1, unit_price, currency,
+        SELECT uuidv7(), id, drop_id, variant_id, user_id, 1, unit_price, currency,
                'paid', created_at
         FROM held
     ), latest AS (

@@ -45,6 +45,11 @@ class Waiting(Generic[Request, Answer]):
     # Two requests with the same key never share a batch: the second needs the first's commit.
     key: Hashable | None
 
+    def fail(self, reason: Exception) -> None:
+        # A client that is gone has cancelled its future.
+        if not self.answer.done():
+            self.answer.set_exception(reason)
+
 
 @dataclass(slots=True)
 class Lane:
@@ -55,9 +60,13 @@ class Lane:
     # Kept here, because the loop itself keeps only weak references to its tasks.
     task: asyncio.Task[None] | None = None
     batch_seconds: float = 0.0
+    # When the batch in flight went out.
+    started_at: float | None = None
 
     def expected_wait_seconds(self) -> float:
-        return (len(self.queue) / MAX_BATCH + 1) * self.batch_seconds
+        # A batch may be stuck; that it has been so far says how long it may still be.
+        elapsed = 0.0 if self.started_at is None else time.monotonic() - self.started_at
+        return elapsed + (len(self.queue) / MAX_BATCH + 1) * self.batch_seconds
 
     def take_batch(self) -> list[Waiting]:
         """Take the oldest request and all others of its kind, in order, up to ``MAX_BATCH``."""
@@ -110,29 +119,34 @@ class GroupCommit:
 
     async def _run(self, lane: Lane) -> None:
         """Settle batch after batch until nothing waits; then the lane is gone."""
-        loop = asyncio.get_running_loop()
-        while lane.queue:
-            batch = lane.take_batch()
-            if not batch:
-                continue
-            started = time.monotonic()
-            requests = [waiting.request for waiting in batch]
-            answers = await loop.run_in_executor(
-                self._executor, settle_apart, batch[0].settle, lane.drop_id, requests
-            )
-            took = time.monotonic() - started
-            lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
-            for waiting, answer in zip(batch, answers, strict=True):
-                # A client that is gone has cancelled its future.
-                if waiting.answer.done():
-                    continue
-                if isinstance(answer, Failure):
-                    waiting.answer.set_exception(answer.reason)
-                else:
-                    waiting.answer.set_result(answer)
-        lane.task = None
-        if self._lanes.get(lane.drop_id) is lane:
+        batch: list[Waiting] = []
+        try:
+            while lane.queue:
+                batch = lane.take_batch()
+                if batch:
+                    await self._settle(lane, batch)
+        except Exception as exc:
+            # A mistake in here must not let anybody wait forever.
+            for waiting in (*batch, *lane.queue):
+                waiting.fail(exc)
+        finally:
             del self._lanes[lane.drop_id]
+
+    async def _settle(self, lane: Lane, batch: list[Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+        lane.started_at = time.monotonic()
+        requests = [waiting.request for waiting in batch]
+        answers = await loop.run_in_executor(
+            self._executor, settle_apart, batch[0].settle, lane.drop_id, requests
+        )
+        took = time.monotonic() - lane.started_at
+        lane.started_at = None
+        lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
+        for waiting, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, Failure):
+                waiting.fail(answer.reason)
+            elif not waiting.answer.done():
+                waiting.answer.set_result(answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -887,7 +887,7 @@ def assert_same(by_hot_routes: list[Any], by_viewsets: list[Any]) -> None:
 
 QUERIES = (
     *("", "/", "?status=live", "/?status=scheduled", "?status=paused", "?status=ended"),
-    *("?status=cancelled", "?status=draft", "?status=dr%61ft", "?status=draft&limit=1"),
+    *("?status=cancelled", "?status=draft"),
     *("?limit=1", "?limit=1&offset=1", "?limit=100", "?offset=1000000", "?offset=2&limit=2"),
     *("?status=live&limit=1&other=1", "?status=scheduled&status=live", "?a", "?&", "?limit=%31"),
     *("?limit=0", "?limit=101", "?limit=-1", "?limit=x", "?limit=", "?limit=1.0", "?limit=+1"),
@@ -929,8 +929,10 @@ def test_reads_are_the_same(drops_of_each_kind):
     staff = UserFactory(staff=True)
 
     def steps(api: Client) -> None:
-        for user in (None, creator, staff):
-            for query in QUERIES:
+        for query in QUERIES:
+            api.get(f"drops{query}")
+        for user in (creator, staff):
+            for query in ("", "?status=draft", "?status=dr%61ft", "?status=draft&limit=1"):
                 api.get(f"drops{query}", user)
         for address in (*addresses, f"drops/{SOMEBODY}", "drops/42"):
             for query in ("", "/", "?a=b", "?format=xml"):

@@ -18,7 +18,7 @@ WITH hot_drop AS (
     INSERT INTO reservations_reservation
         (id, drop_id, variant_id, user_id, quantity, unit_price, currency, status,
          created_at, expires_at)
-    SELECT gen_random_uuid(), hot_drop.id, hot_variant.id,
+    SELECT uuidv7(), hot_drop.id, hot_variant.id,
            concat(lpad(to_hex(:number::bigint * 2654435761 % 4294967296), 8, '0'), '-0000-4000-8000-',
                   lpad(to_hex(:number::bigint), 12, '0'))::uuid,
            1, hot_drop.price, hot_drop.currency, 'ACTIVE', now(), now() + interval '1 hour'
