@@ -89,16 +89,17 @@ def figures(load: Load, successes: int, usage: Usage) -> Run:
     )
 
 
-def client_figures(report: Report, latencies: Sequence[float], usage: Usage | None = None) -> Run:
-    done = len(report.answers)
+def client_figures(report: Report, usage: Usage) -> Run:
+    """Return a run of our own client; the usage must have begun with it."""
+    latencies, done = report.latencies_ms(), max(1, len(report.answers))
     return Run(
-        per_second=done / (report.finished - report.started) if done else None,
+        per_second=done / max(0.001, report.finished - report.started),
         p50_ms=percentile(latencies, 50),
         p99_ms=percentile(latencies, 99),
         p999_ms=percentile(latencies, 99.9),
-        web_cpu_ms=usage.web_seconds * 1000 / max(1, done) if usage else None,
-        postgres_cpu_ms=usage.postgres_seconds * 1000 / max(1, done) if usage else None,
-        web_mb=usage.web_mb if usage else None,
+        web_cpu_ms=usage.web_seconds * 1000 / done,
+        postgres_cpu_ms=usage.postgres_seconds * 1000 / done,
+        web_mb=usage.web_mb,
     )
 
 
@@ -166,7 +167,8 @@ def pgbench_run(bench: Bench, rates: dict[int, list[float]]) -> Run:
             variant=hot.variant_id,
             first=1,
         )
-        cpu_ms = usage.postgres_seconds * 1000 / done.count
+        cpu_ms = usage.postgres_seconds * 1000 / max(1, done.count)
+        check_rows(bench, bench.stack.count_reservations(), done.count)
         bench.audit()
         seen.append(done.per_second)
         runs.append(Run(per_second=done.per_second, postgres_cpu_ms=cpu_ms))
@@ -252,7 +254,7 @@ def open_loop_run(bench: Bench, rate: float) -> Run:
         )
         usage = Usage(bench.stack, web)
         report = run_client(plan)
-        run = client_figures(report, report.latencies_ms(), usage)
+        run = client_figures(report, usage)
     check_report(bench, report, "201")
     return run
 
@@ -278,7 +280,7 @@ def herd_run(
         )
         usage = Usage(bench.stack, web)
         report = run_client(plan)
-        run = client_figures(report, report.latencies_ms(), usage)
+        run = client_figures(report, usage)
     check_report(bench, report, "201", "409")
     winners.append(report.statuses.get("201", 0))
     check_rows(bench, bench.stack.count_reservations(), report.statuses.get("201", 0))

@@ -33,6 +33,9 @@ MAX_AGE_SECONDS = 1.0
 # Read again before that, in the background, so that no request has to wait for it.
 RENEW_AFTER_SECONDS = 0.6
 MAX_REMEMBERED = 500
+# On all pages together; a long list weighs as much as many single drops.
+MAX_REMEMBERED_DROPS = 5_000
+MAX_REMEMBERED_USERS = 50_000
 # How long a user, once found active, may read without being looked up again.
 USER_SECONDS = 10.0
 # Anything longer is not a question that many ask.
@@ -135,14 +138,19 @@ class DropReads:
         # Pages link to their neighbours by the address that the client used.
         key = (request.scheme, request.header(b"host") or "", request.path, request.query)
         page = self._page(key)
-        age = time.monotonic() - page.read_at
-        if age > RENEW_AFTER_SECONDS and page.loading is None:
-            page.loading = asyncio.create_task(self._load(key, page, request, actions, kwargs))
-        if age > MAX_AGE_SECONDS and page.loading is not None:
+        for _ in range(2):
+            age = time.monotonic() - page.read_at
+            if age > RENEW_AFTER_SECONDS and page.loading is None:
+                page.loading = asyncio.create_task(self._load(key, page, request, actions, kwargs))
+                page.loading.add_done_callback(note_failure)
+            if age <= MAX_AGE_SECONDS or page.loading is None:
+                break
+            # What was being read already may be older than a change of which this client
+            # knows; what is read after that can't be.
             await asyncio.shield(page.loading)
-        if not page.data:
-            # An error, of which the viewset says more; it isn't remembered.
-            raise FallThrough
+            if not page.data:
+                # An error, of which the viewset says more; it isn't remembered.
+                raise FallThrough
         with self._lock:
             body, etag = page.encode()
         headers = ((b"etag", etag.encode()),)
@@ -154,10 +162,16 @@ class DropReads:
         page = self._pages.get(key)
         if page is None:
             with self._lock:
-                if len(self._pages) >= MAX_REMEMBERED:
-                    self._pages.pop(next(iter(self._pages)))
                 page = self._pages[key] = Page()
+                self._forget_oldest()
         return page
+
+    def _forget_oldest(self) -> None:
+        while len(self._pages) > 1 and (
+            len(self._pages) > MAX_REMEMBERED
+            or sum(len(page.drops) for page in self._pages.values()) > MAX_REMEMBERED_DROPS
+        ):
+            del self._pages[next(iter(self._pages))]
 
     async def _load(
         self,
@@ -183,6 +197,7 @@ class DropReads:
                 else:
                     page.read_at = started
                     page.replace(data)
+                    self._forget_oldest()
 
     async def _check_identity(self, request: HotRequest) -> None:
         """Refuse an invalid identity even here, where none is needed."""
@@ -192,7 +207,7 @@ class DropReads:
         now = time.monotonic()
         if self._users.get(identity.user_id, 0.0) < now:
             await sync_to_async(close_after(get_user), thread_sensitive=False)(identity)
-            if len(self._users) > MAX_REMEMBERED * 100:
+            if len(self._users) >= MAX_REMEMBERED_USERS:
                 self._users.clear()
             self._users[identity.user_id] = now + USER_SECONDS
 
@@ -245,6 +260,12 @@ def ask_viewset(
 def plain(data: Any) -> Any:
     """Return DRF's result as plain dicts and lists, free of serializers and fields."""
     return orjson.loads(orjson.dumps(data))
+
+
+def note_failure(loading: asyncio.Task) -> None:
+    """Look at the outcome of a reading that perhaps nobody waits for; the next will tell."""
+    if not loading.cancelled():
+        loading.exception()
 
 
 def close_after(function: Any) -> Any:

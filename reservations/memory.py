@@ -39,6 +39,10 @@ MAX_AGE_SECONDS = 0.25
 RENEW_AFTER_SECONDS = 0.15
 # A drop with more claimants than this is not remembered: reading them would cost too much.
 MAX_CLAIMANTS = 20_000
+# How long such a drop is left alone.
+TOO_MANY_SECONDS = 10.0
+# Different refusals of one drop: by variant and quantity, which the client chooses.
+MAX_REFUSALS = 100
 
 # Refusals that say something about the drop, not about who asked.
 MEMORABLE = (SoldOut, FullyReserved, DropNotStarted, DropEnded, DropPaused, DropCancelled)
@@ -72,6 +76,8 @@ class Remembered:
     def refusal(self, claim: Claim) -> Refusal | None:
         key = claim.variant_id, claim.quantity
         if key not in self.refusals:
+            if len(self.refusals) >= MAX_REFUSALS:
+                self.refusals.clear()
             self.refusals[key] = self._work_out(claim)
         return self.refusals[key]
 
@@ -105,6 +111,8 @@ class ShortageMemory:
     def __init__(self) -> None:
         self._remembered: dict[uuid.UUID, Remembered] = {}
         self._reading: dict[uuid.UUID, Reading] = {}
+        # Drops with too many claimants, and when to look again.
+        self._too_many: dict[uuid.UUID, float] = {}
         # The loop itself keeps only weak references to its tasks.
         self._tasks: set[asyncio.Task] = set()
         follow(self.forget)
@@ -133,9 +141,12 @@ class ShortageMemory:
         """Read the drop's state in the background, where ``refusal`` will meet others too."""
         if not isinstance(refusal, MEMORABLE):
             return
-        if drop_id not in self._reading and drop_id not in self._remembered:
-            self._reading[drop_id] = Reading()
-            self._start(self._learn(drop_id))
+        if drop_id in self._reading or drop_id in self._remembered:
+            return
+        if time.monotonic() < self._too_many.get(drop_id, 0.0):
+            return
+        self._reading[drop_id] = Reading()
+        self._start(self._learn(drop_id))
 
     def forget(self, drop_id: str, events: Any = ()) -> None:
         """Forget a drop that changed; runs in any thread."""
@@ -144,6 +155,12 @@ class ShortageMemory:
         reading = self._reading.get(key)
         if reading is not None:
             reading.is_current = False
+
+    def _forget_unasked(self, now: float) -> None:
+        """Forget drops that nobody asks for any more, and so nobody finds too old."""
+        for drop_id, known in list(self._remembered.items()):
+            if now >= known.until:
+                self._remembered.pop(drop_id, None)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -154,8 +171,11 @@ class ShortageMemory:
         since = time.monotonic()
         try:
             known = await sync_to_async(read_state, thread_sensitive=False)(drop_id)
-            if known is not None and self._reading[drop_id].is_current:
+            if known is None:
+                self._too_many[drop_id] = since + TOO_MANY_SECONDS
+            elif self._reading[drop_id].is_current:
                 known.extend(known.read_at, since)
+                self._forget_unasked(since)
                 self._remembered[drop_id] = known
         except (DatabaseError, PoolTimeout):
             pass  # Nothing learned: the next claim asks the database itself.

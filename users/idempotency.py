@@ -109,7 +109,6 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
     return wrapper
 
 
-@transaction.atomic
 def answer_once(
     keys: Sequence[Key | None], settle: Callable[[list[int]], list[Answer | APIException]]
 ) -> list[Answer | APIException]:
@@ -121,18 +120,30 @@ def answer_once(
     Returns:
         One answer or refusal per request.
     """
-    answers: dict[int, Answer | APIException] = {}
     keyed = {index: key for index, key in enumerate(keys) if key is not None}
-    if keyed:
-        found = zip(keyed, claim_keys(list(keyed.values())), strict=True)
-        answers = {index: answer for index, answer in found if answer is not None}
-    new = [index for index in range(len(keys)) if index not in answers]
+    if not keyed:
+        # The transaction of ``settle`` itself will do, without a savepoint in another one.
+        return settle(list(range(len(keys))))
+    return _answer_keyed(keyed, len(keys), settle)
+
+
+@transaction.atomic
+def _answer_keyed(
+    keyed: dict[int, Key],
+    count: int,
+    settle: Callable[[list[int]], list[Answer | APIException]],
+) -> list[Answer | APIException]:
+    found = zip(keyed, claim_keys(list(keyed.values())), strict=True)
+    answers: dict[int, Answer | APIException] = {
+        index: answer for index, answer in found if answer is not None
+    }
+    new = [index for index in range(count) if index not in answers]
     settled = dict(zip(new, settle(new), strict=True))
     fresh = [(key, settled[index]) for index, key in keyed.items() if index in settled]
     store_answers([(key, answer) for key, answer in fresh if isinstance(answer, Answer)])
     give_back_keys([key for key, answer in fresh if not isinstance(answer, Answer)])
     answers |= settled
-    return [answers[index] for index in range(len(keys))]
+    return [answers[index] for index in range(count)]
 
 
 def claim_keys(keys: Sequence[Key]) -> list[Answer | Refusal | None]:
