@@ -286,7 +286,8 @@ def test_what_another_process_expired_is_seen_by_the_news(start_expiry, reads):
         await hub_hears_others()
         return await seconds_until_expiry_is_seen(lane, start_expiry)
 
-    assert play(scene, hears_others=True) < 0.5
+    # Without the news it would be a second; the margin is for a busy machine.
+    assert play(scene, hears_others=True) < 0.9
 
 
 def test_what_another_process_expired_is_seen_within_a_second_without_redis(servers, start_expiry):
