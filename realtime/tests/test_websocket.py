@@ -552,10 +552,10 @@ def fuzzed(choose: random.Random) -> str | bytes:
 @pytest.mark.parametrize(
     ("path", "headers", "code"),
     [
-        (f"/ws/drops/{uuid.uuid4()}", {}, NOT_FOUND),
+        (f"/ws/drops/{SOME_ID}", {}, NOT_FOUND),
         ("/ws/drops/1", {}, NOT_FOUND),
         ("/ws/drops/%00", {}, NOT_FOUND),
-        (f"/ws/drops/{uuid.uuid4().hex}", {}, NOT_FOUND),
+        (f"/ws/drops/{uuid.UUID(SOME_ID).hex}", {}, NOT_FOUND),
         ("/", {}, NOT_FOUND),
         ("/ws", {}, NOT_FOUND),
         ("/ws/drops/a/b", {}, NOT_FOUND),
