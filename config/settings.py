@@ -202,7 +202,7 @@ SPECTACULAR_SETTINGS = {
     "VERSION": "0.1.0",
     "DESCRIPTION": (
         "Limited releases: reserve, purchase and watch the stock. Every error is a problem "
-        "document (RFC 9457) with a stable `code`."
+        "document (RFC 9457) with a stable `code`. The events: [WebSocket](/api/asyncapi)."
     ),
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",

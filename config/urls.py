@@ -9,6 +9,7 @@ from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, Spec
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
+from realtime.asyncapi import asyncapi_json, asyncapi_page
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
@@ -43,6 +44,8 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
+    re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
+    re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
     # Django's own answer to an unknown address in DEBUG is a page with a traceback.
     re_path(r"", lambda request: handler404(request)),
 ]
