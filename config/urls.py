@@ -37,6 +37,7 @@ api: list[URLPattern | URLResolver] = [
     path("", include("reservations.urls")),
     path("", include("purchases.urls")),
     path("", include("users.urls")),
+    path("", include("realtime.urls")),
     re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
     re_path(r"^docs/?$", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
     re_path(
