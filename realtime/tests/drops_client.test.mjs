@@ -300,7 +300,7 @@ test("spreads the clients over the time: full jitter", async () => {
   assert.equal(sockets.length, 2);
 });
 
-for (const code of [1013, 4429, 4499]) {
+for (const code of [1013, 4429, 4430, 4503]) {
   test(`gives a busy server 5 s more (${code})`, async () => {
     await open({ drops: [A] });
     sockets[0].end(code);
@@ -311,7 +311,7 @@ for (const code of [1013, 4429, 4499]) {
   });
 }
 
-for (const code of [4400, 4401, 4403, 4404]) {
+for (const code of [4400, 4401, 4403, 4404, 4409]) {
   test(`takes no for an answer (${code})`, async () => {
     const socket = await open({ drops: [A] });
     const seen = record("refused");

@@ -67,8 +67,8 @@ const CLOCK_SAMPLE_MS = 300_000;
 const BAD_TICKET = 4401;
 const TOO_SLOW = 4408;
 const TRY_AGAIN_LATER = 1013;
-// A bad message, a bad identity, a forbidden origin, no such drop: asking again won't help.
-const FOR_GOOD = new Set([4400, BAD_TICKET, 4403, 4404]);
+// A bad message or identity, forbidden, no such drop, too many drops: asking again won't help.
+const FOR_GOOD = new Set([4400, BAD_TICKET, 4403, 4404, 4409]);
 
 export class DropsClient {
   /** @type {Map<string, Drop>} */
@@ -228,7 +228,7 @@ export class DropsClient {
       this.close();
       return this.#emit("refused", { code, reason });
     }
-    const isBusy = code === TRY_AGAIN_LATER || (code >= 4400 && code < 4500 && code !== TOO_SLOW);
+    const isBusy = code === TRY_AGAIN_LATER || (code >= 4400 && code !== TOO_SLOW);
     this.#retry(isBusy && !isWorthIt ? BUSY_MS : 0);
   }
 
