@@ -20,8 +20,19 @@ from drf_spectacular.settings import spectacular_settings
 
 from drops.examples import DROP
 from drops.models import Availability
-from realtime.frames import EventFrame, heartbeat_frame, pong_frame, snapshot_frame
+from realtime import consumers
+from realtime.frames import (
+    EventFrame,
+    heartbeat_frame,
+    pong_frame,
+    private_frame,
+    snapshot_frame,
+)
+from realtime.log import LARGEST_SEQ
 from realtime.models import EventType
+from realtime.private import PrivateType
+from realtime.tickets import SUBPROTOCOL, TICKET_SECONDS
+from reservations.models import ReservationStatus
 
 Schema = dict[str, Any]
 
@@ -29,16 +40,22 @@ ADDRESSES = {"allDrops": "/ws/drops", "oneDrop": "/ws/drops/{dropId}"}
 AT = datetime(2026, 11, 22, 18, 0, 1, 200_000, UTC)
 INTEGER: Schema = {"type": "integer"}
 TEXT: Schema = {"type": "string"}
+SINCE: Schema = {"type": "integer", "minimum": 0, "maximum": LARGEST_SEQ}
 INSTANT: Schema = {"type": "string", "format": "date-time"}
 UUID: Schema = {"type": "string", "format": "uuid"}
 
 CLOSE_CODES = {
-    1012: "Connect again: the server restarts, or the past was replaced.",
-    1013: "The database can't be reached. Try again later.",
-    4400: "Not a message that this socket knows.",
-    4401: "The identity or the ticket is not valid.",
-    4404: "No such drop, or no such address.",
-    4408: "The client did not read what was sent.",
+    consumers.MESSAGE_TOO_LARGE: "A message had more bytes than are taken.",
+    consumers.SERVICE_RESTART: "Connect again: the server restarts, or the past was replaced.",
+    consumers.TRY_AGAIN_LATER: "The database can't be reached. Try again later.",
+    consumers.BAD_MESSAGE: "Not a message that this socket knows, or a bad `since`.",
+    consumers.INVALID_IDENTITY: "The identity or the ticket is not valid.",
+    consumers.NOT_FOUND: "No such drop, or no such address.",
+    consumers.TOO_SLOW: "The client did not read for 5 s. Connect again and resume.",
+    consumers.TOO_MANY_SUBSCRIPTIONS: "More drops than one socket may watch.",
+    consumers.TOO_MANY_MESSAGES: "More messages than one socket may send in a second.",
+    consumers.TOO_MANY_SOCKETS: "More sockets than one address may have. Try again later.",
+    consumers.PROCESS_IS_FULL: "This server has as many sockets as it takes. Try again later.",
 }
 
 
@@ -128,6 +145,59 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
         },
     ),
 }
+HOLD: Schema = {
+    "dropId": UUID,
+    "reservationId": UUID,
+    "variantId": UUID,
+    "quantity": INTEGER,
+    "expiresAt": INSTANT,
+}
+ENDED = [ReservationStatus.EXPIRED, ReservationStatus.RELEASED, ReservationStatus.VOIDED]
+HOLD_EXAMPLE = {
+    "dropId": DROP["id"],
+    "reservationId": "0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11",
+    "variantId": DROP["variants"][0]["id"],
+    "quantity": 1,
+    "expiresAt": "2026-11-22T18:01:00Z",
+}
+# The same of what only one user's own sockets are told.
+PRIVATE: dict[PrivateType, tuple[str, Schema, dict[str, Any]]] = {
+    PrivateType.HOLDS: (
+        "What the user holds when the socket opens.",
+        record({"holds": array(record(HOLD))}),
+        {"holds": [HOLD_EXAMPLE]},
+    ),
+    PrivateType.HOLD_EXPIRING: ("A hold ends in 10 s.", record(HOLD), HOLD_EXAMPLE),
+    PrivateType.HOLD_EXPIRED: (
+        "A hold ran out.",
+        record(HOLD | {"status": {"type": "string", "enum": [str(s) for s in ENDED]}}),
+        HOLD_EXAMPLE | {"status": "EXPIRED"},
+    ),
+    PrivateType.HOLD_RELEASED: (
+        "A hold was released, by the user or by staff.",
+        record(HOLD | {"status": {"type": "string", "enum": [str(s) for s in ENDED]}}),
+        HOLD_EXAMPLE | {"status": "RELEASED"},
+    ),
+    PrivateType.PURCHASE_CONFIRMED: (
+        "The user has purchased a hold.",
+        record(
+            {
+                "dropId": UUID,
+                "purchaseId": UUID,
+                "reservationId": UUID,
+                "variantId": UUID,
+                "quantity": INTEGER,
+            }
+        ),
+        {
+            "dropId": DROP["id"],
+            "purchaseId": "0b0e4c52-9a40-4c1d-b6a0-52c6c0ad8e77",
+            "reservationId": HOLD_EXAMPLE["reservationId"],
+            "variantId": HOLD_EXAMPLE["variantId"],
+            "quantity": 1,
+        },
+    ),
+}
 
 
 @cache
@@ -142,7 +212,11 @@ def document() -> dict[str, Any]:
             "description": (
                 "JSON text frames over a WebSocket. The first frame is a SNAPSHOT, each later "
                 "one an event; `seq` counts a drop's events without a gap, and `prev` is the "
-                "`seq` of the frame sent before, so that a client can tell a loss."
+                "`seq` of the frame sent before, so that a client can tell a loss. Under load, "
+                "frames whose content a newer one repeats are left out.\n\n"
+                "No identity is needed. A user's own events go to sockets that sent `X-User-Id` "
+                f"or, in browsers, offered the subprotocols `{SUBPROTOCOL}` and `ticket.<ticket>`: "
+                f"`POST /api/ws-ticket` gives one, valid once, for {TICKET_SECONDS} s."
             ),
         },
         "defaultContentType": "application/json",
@@ -240,7 +314,7 @@ def _channel(name: str, address: str, messages: list[str]) -> dict[str, Any]:
     }
     if name == "allDrops":
         return channel | {"summary": "All current drops."}
-    since = INTEGER | {"minimum": 0, "description": "Send what came after this event instead."}
+    since = SINCE | {"description": "Send what came after this event instead."}
     return channel | {
         "summary": "One drop.",
         "parameters": {"dropId": {"description": "The drop's id, a UUID."}},
@@ -265,6 +339,12 @@ def _frames() -> dict[str, Any]:
             _envelope(event.value, data, dropId=UUID, seq=INTEGER, prev=INTEGER),
             EventFrame(drop_id, 5, event.value, AT, example).text_after(4),
         )
+    for private, (summary, data, example) in PRIVATE.items():
+        frames[private.value] = _message(
+            f"{summary} Only to sockets of that user.",
+            _envelope(private.value, data),
+            private_frame(private.value, AT, example),
+        )
     seqs = {"type": "object", "additionalProperties": INTEGER}
     return frames | {
         "HEARTBEAT": _message(
@@ -283,11 +363,10 @@ def _frames() -> dict[str, Any]:
 def _actions() -> dict[str, Any]:
     """Return the messages that the server takes."""
     drop_id = DROP["id"]
-    since = INTEGER | {"minimum": 0}
     return {
         "subscribe": _message(
             "Watch one more drop: its SNAPSHOT follows or, with `since`, what came after.",
-            record({"action": {"const": "subscribe"}, "dropId": UUID, "since": since}, "since"),
+            record({"action": {"const": "subscribe"}, "dropId": UUID, "since": SINCE}, "since"),
             json.dumps({"action": "subscribe", "dropId": drop_id, "since": 5}),
         ),
         "unsubscribe": _message(
