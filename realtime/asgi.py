@@ -30,7 +30,7 @@ from realtime import backpressure, log
 from realtime.exceptions import ProcessIsFull, TooManyStreams
 from realtime.frames import EventFrame, Message
 from realtime.hub import get_hub
-from realtime.limits import LARGEST_SEQ, open_connections
+from realtime.limits import open_connections
 from users.identity import read_identity
 
 ADDRESS = re.compile(r"/api/drops/([^/]+)/events/?")
@@ -104,10 +104,10 @@ def read_after(request: HotRequest) -> int | None:
         given = [headers[b"last-event-id"].decode("latin-1")]
     if not given:
         return None
-    text = given[-1]
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= LARGEST_SEQ):
+    seq = log.read_seq(given[-1])
+    if seq is None:
         raise ValidationError({"after": "Must be the seq of an event."})
-    return int(text)
+    return seq
 
 
 async def refuse(request: HotRequest, error: APIException, send: Send) -> None:

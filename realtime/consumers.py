@@ -17,13 +17,14 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings
 from django.core.exceptions import ObjectDoesNotExist
 
-from config.body_limit import Send
+from config.body_limit import Receive, Scope, Send
 from config.hot_routes import host_is_allowed
 from realtime import backpressure, log
 from realtime.conflation import Outbox
 from realtime.frames import EventFrame, Message, is_uuid, pong_frame, text_message
 from realtime.hub import OUTAGES, Hub, get_hub
-from realtime.limits import LARGEST_SEQ, Allowance, open_connections
+from realtime.limits import Allowance, open_connections
+from realtime.log import is_seq, read_seq
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.identity import get_user, read_identity
@@ -81,11 +82,18 @@ class DropConsumer(Consumer):
     # None while the client gets everything at once, which is nearly always.
     outbox: Outbox | None = None
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Also where a server that stops cancels what it runs.
+            self._forget()
+
     async def connect(self) -> None:
+        self.watched: set[str] = set()
         if not origin_is_allowed(self.scope["headers"]):
             # Before the handshake: that page's socket shall never open.
             return await self.close()
-        self.watched: set[str] = set()
         # Where a snapshot was newer than the hub's newest frame, by drop.
         self.ahead: dict[str, int] = {}
         rate = settings.SOCKET_MESSAGES_PER_SECOND
@@ -371,8 +379,8 @@ def read_address(scope: dict[str, Any]) -> tuple[str | None, int | None]:
     given = [value for name, value in query if name == "since"]
     if not given:
         return (drop_id.lower() if drop_id else None), None
-    since = int(given[0]) if given[0].isascii() and given[0].isdigit() else -1
-    if drop_id is None or len(given) > 1 or not is_seq(since):
+    since = read_seq(given[-1])
+    if drop_id is None or len(given) > 1 or since is None:
         raise Closing(BAD_MESSAGE, "since must be a sequence number of one drop")
     return drop_id.lower(), since
 
@@ -425,7 +433,3 @@ def parse_message(text: str | None) -> dict[str, Any] | None:
         return None
     since = message.get("since")
     return message if since is None or is_seq(since) else None
-
-
-def is_seq(value: object) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_SEQ

@@ -5,6 +5,7 @@ from collections import Counter
 
 from django.conf import settings
 
+# What the database's column of sequence numbers holds.
 LARGEST_SEQ = 2**63 - 1
 
 

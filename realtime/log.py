@@ -8,6 +8,7 @@ from django.db import connection, transaction
 from config.database import read_clock
 from drops.models import Drop, DropStatus
 from drops.serializers import DropSerializer
+from realtime.limits import LARGEST_SEQ
 from realtime.models import Event
 
 # (seq, type, time, data)
@@ -71,3 +72,13 @@ def snapshot(drop_id: str | None) -> tuple[list[dict[str, Any]], datetime]:
         rows = [drops.get(pk=drop_id)] if drop_id else list(drops.current().order_by("created_at"))
         now = rows[0].read_at if rows else read_clock()
         return [dict(DropSerializer(drop).data) for drop in rows], now
+
+
+def is_seq(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_SEQ
+
+
+def read_seq(text: str) -> int | None:
+    """Return the sequence number that ``text`` is, in decimal digits, or None."""
+    is_short_number = text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST_SEQ))
+    return int(text) if is_short_number and is_seq(int(text)) else None
