@@ -107,10 +107,12 @@ class Histogram:
         self._steps = array("q", bytes(8 * (self.BINS + 1)))
 
     def add(self, seconds: float) -> None:
-        self.add_span(seconds, seconds + 0.001 / self.PER_MS)
+        index = min(self._bin(seconds), self.BINS - 1)
+        self._steps[index] += 1
+        self._steps[index + 1] -= 1
 
     def add_span(self, first: float, last: float) -> None:
-        # Only the ends are written here; the sum over them comes at the end.
+        # As in ``add``, only the ends are written here; the sum over them comes later.
         self._steps[self._bin(first)] += 1
         self._steps[self._bin(last)] -= 1
 
