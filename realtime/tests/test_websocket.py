@@ -147,16 +147,21 @@ def test_the_six_event_types_arrive_from_another_process(web_servers, follow):
     sizes = [{"label": "EU 42", "total_stock": 1}, {"label": "EU 43", "total_stock": 1}]
     body = {"name": "Ember", "price": "199.00", "status": "live", "variants": sizes}
     with httpx.Client(base_url=f"{writer.url}/api", headers={"X-User-Id": str(user.pk)}) as api:
+        # Each waits for the one before, because of changes in a row only the newest is sent.
         created = api.post("/drops", json=body | {"max_per_user": 2}).json()
         drop_id, small, large = created["id"], *(v["id"] for v in created["variants"])
+        frames = listener.events(last_seq=1)
         changed = api.patch(f"/drops/{drop_id}", json={"name": "Ember II"}).json()
+        frames += listener.events(last_seq=2)
         api.post(f"/drops/{drop_id}/reserve", json={"variant": small})
+        frames += listener.events(last_seq=3)
         bought = api.post(f"/drops/{drop_id}/purchase").json()
+        frames += listener.events(last_seq=5)
         hold = api.post(f"/drops/{drop_id}/reserve", json={"variant": large}).json()
+        frames += listener.events(last_seq=6)
         make_overdue(hold["id"])
         api.post("/internal/expire-now")
-
-    frames = listener.events(last_seq=8)
+        frames += listener.events(last_seq=8)
 
     purchaser = {
         "userId": str(user.pk),
@@ -257,7 +262,7 @@ def test_a_transaction_that_is_rolled_back_sends_nothing(web_servers, follow):
 # --- Order ------------------------------------------------------------------------------
 
 
-def test_all_see_every_event_once_in_order_while_two_processes_write(web_servers, follow):
+def test_all_see_the_stream_in_order_and_once_while_two_processes_write(web_servers, follow):
     drop, users = DropFactory(total_stock=60), UserFactory.create_batch(80)
     listeners = [follow(server, target) for server in web_servers for target in (drop, None)]
 
@@ -274,10 +279,14 @@ def test_all_see_every_event_once_in_order_while_two_processes_write(web_servers
     assert (drop.available_stock, drop.sold_stock) == (0, 60)
     log = list(drop.events.order_by("seq").values_list("seq", "type", "data"))
     assert [seq for seq, _, _ in log] == list(range(1, drop.seq + 1))
+    purchases = [event for event in log if event[1] == "PURCHASE_COMPLETED"]
     for listener in listeners:
         frames = listener.events(last_seq=drop.seq)
-        assert [(frame["seq"], frame["type"], frame["data"]) for frame in frames] == log
-        assert [frame["prev"] for frame in frames] == list(range(drop.seq))
+        seen = [(frame["seq"], frame["type"], frame["data"]) for frame in frames]
+        # Only states are left out, where a newer one follows.
+        assert [event for event in log if event in seen] == seen
+        assert [event for event in seen if event[1] == "PURCHASE_COMPLETED"] == purchases
+        assert [frame["prev"] for frame in frames] == [0, *(frame["seq"] for frame in frames)][:-1]
 
 
 def test_a_client_that_folds_the_stream_ends_with_what_rest_says(web_servers, listen, client_of):
@@ -368,7 +377,9 @@ def test_events_that_were_never_published_arrive_all_the_same(web_servers, follo
         reserve(drop.pk, Claim(user.pk))
 
     for listener in listeners:
-        assert [listener.next(timeout=2)["seq"] for _ in users] == [1, 2, 3]
+        frames = listener.events(last_seq=3)
+        assert frames[0]["prev"] == 0
+        assert frames[-1]["data"]["availableStock"] == 7
 
 
 def test_events_arrive_while_redis_is_away_and_at_once_when_it_is_back(
