@@ -25,8 +25,8 @@ from config.database import ClockTimestamp, read_clock
 from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
-from drops.models import Drop, Variant
-from drops.services import LockedDrop, lock_drop
+from drops.models import Drop, DropStatus, Variant
+from drops.services import LockedDrop, change_drop, lock_drop
 from realtime.models import EventType
 from reservations.exceptions import (
     AlreadyReserved,
@@ -322,6 +322,54 @@ def release(reservation_id: uuid.UUID, user: User) -> Reservation:
     return _end_hold(reservation_id, ReservationStatus.RELEASED, user_id=user.pk)
 
 
+def void_reservation(reservation_id: uuid.UUID) -> Reservation:
+    """Take a hold back from its user: its units are available again.
+
+    The event is that of a hold that ran out: to whoever watches it, it is gone.
+
+    Raises:
+        Reservation.DoesNotExist: no such reservation.
+        ReservationExpired, ReservationNotActive: there is nothing left to take back.
+    """
+    return _end_hold(reservation_id, ReservationStatus.VOIDED)
+
+
+@transaction.atomic
+def cancel_drop(drop_id: uuid.UUID) -> int:
+    """Cancel a drop and void what is held of it; what was purchased stays purchased.
+
+    One transaction, however many holds: nobody waits for a drop that is cancelled. That
+    its holds are void follows from the drop's own event, so there is none for each.
+
+    Returns:
+        How many holds were voided.
+    Raises:
+        Drop.DoesNotExist: no such drop.
+        ValidationError: it is cancelled already.
+    """
+    locked = lock_drop(drop_id)
+    now = read_clock()
+    if locked.drop.status == DropStatus.CANCELLED:
+        error = ErrorDetail("This drop is cancelled already.", "not_allowed")
+        raise ValidationError({"status": [error]})
+    holds = list(
+        Reservation.objects.active()
+        .filter(drop=locked.drop)
+        .select_for_update(no_key=True)
+        .order_by("pk")
+    )
+    Reservation.objects.filter(pk__in=[hold.pk for hold in holds]).update(
+        status=ReservationStatus.VOIDED
+    )
+    for hold in holds:
+        locked.move(locked.variants[hold.variant_id], available=hold.quantity)
+    if holds:
+        locked.record_stock()
+    change_drop(locked, {"status": DropStatus.CANCELLED}, now)
+    locked.save(now)
+    return len(holds)
+
+
 @transaction.atomic
 def _end_hold(
     reservation_id: uuid.UUID, status: ReservationStatus, **owner: uuid.UUID
@@ -341,9 +389,19 @@ def _end_hold(
     reservation.save(update_fields=["status"])
     reservation.drop = locked.drop
     locked.move(locked.variants[reservation.variant_id], available=reservation.quantity)
+    if status == ReservationStatus.VOIDED:
+        record_end(locked, reservation_id)
     locked.record_stock()
     locked.save(now)
     return reservation
+
+
+def record_end(locked: LockedDrop, reservation_id: uuid.UUID) -> None:
+    """Append that a hold is over, and not because its user wanted it to be."""
+    locked.record(
+        EventType.RESERVATION_EXPIRED,
+        {"dropId": str(locked.drop.pk), "reservationId": str(reservation_id)},
+    )
 
 
 def expire_overdue(
@@ -372,10 +430,7 @@ def expire_overdue(
         Reservation.objects.filter(pk__in=ids).update(status=ReservationStatus.EXPIRED)
     for pk, variant_id, quantity in overdue:
         locked.move(locked.variants[variant_id], available=quantity)
-        locked.record(
-            EventType.RESERVATION_EXPIRED,
-            {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
-        )
+        record_end(locked, pk)
     return ids
 
 
