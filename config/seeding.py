@@ -574,6 +574,7 @@ class DropHistory(LockedDrop):
                     }
                     for entry in entries
                 ],
+                "soldStock": self.drop.sold_stock,
             },
         )
 

@@ -89,6 +89,7 @@ class LockedDrop:
                 "dropId": str(self.drop.pk),
                 "availableStock": self.drop.available_stock,
                 "availability": self.drop.availability.value,
+                "soldStock": self.drop.sold_stock,
                 "variants": [
                     {"id": str(variant.pk), "availableStock": variant.available_stock}
                     for variant in sorted(self.variants.values(), key=lambda v: v.position)

@@ -170,6 +170,7 @@ def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purcha
             "dropId": str(locked.drop.pk),
             "username": reservation.user.username,
             "purchasedAt": format_instant(purchase.created_at),
+            "qty": purchase.quantity,
         },
     )
     return purchase
@@ -271,10 +272,9 @@ def refund(
     feed = [feed_entry(purchase) for purchase in latest_paid(locked.drop)]
     if feed != locked.drop.latest_purchasers:
         set_feed(locked, feed)
-    if restock:
-        locked.record_stock()
-    else:
-        # Nothing became available or ceased to be; but there are fewer units in all.
+    locked.record_stock()
+    if not restock:
+        # The total is not among what STOCK_UPDATED tells.
         locked.record_drop(EventType.DROP_UPDATED)
     locked.save(read_clock())
     return purchases
@@ -298,6 +298,7 @@ def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
                 }
                 for entry in drop.latest_purchasers
             ],
+            "soldStock": drop.sold_stock,
         },
     )
 

@@ -487,14 +487,24 @@ def _expire_drop(drop_id: uuid.UUID, batch: int) -> ExpiredHolds:
 
 def seconds_until_next_deadline() -> float | None:
     """Return how long until the next active hold is due (0 if overdue), None without holds."""
-    next_deadline = (
+    seconds = _seconds_to_first_deadline()
+    return None if seconds is None else max(0.0, seconds)
+
+
+def seconds_overdue() -> float:
+    """Return how long the oldest overdue hold has been waiting for an expiry loop."""
+    return max(0.0, -(_seconds_to_first_deadline() or 0.0))
+
+
+def _seconds_to_first_deadline() -> float | None:
+    deadlines = (
         Drop.objects.annotate(due_at=_first_deadline())
         .filter(due_at__isnull=False)
         .aggregate(first=Min("due_at"), now=Max(ClockTimestamp()))
     )
-    if next_deadline["first"] is None:
+    if deadlines["first"] is None:
         return None
-    return max(0.0, (next_deadline["first"] - next_deadline["now"]).total_seconds())
+    return (deadlines["first"] - deadlines["now"]).total_seconds()
 
 
 def _first_deadline() -> Subquery:

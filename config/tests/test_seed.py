@@ -224,6 +224,7 @@ def test_the_event_log_is_gap_free_and_ends_with_what_the_rows_say(db):
             "dropId": str(drop.pk),
             "availableStock": drop.available_stock,
             "availability": drop.availability,
+            "soldStock": last[EventType.STOCK_UPDATED]["soldStock"],
             "variants": [
                 {"id": str(variant.pk), "availableStock": variant.available_stock}
                 for variant in drop.variants.all()
@@ -236,6 +237,8 @@ def test_the_event_log_is_gap_free_and_ends_with_what_the_rows_say(db):
                 assert sum(units) == event.data["availableStock"] <= drop.total_stock
             if "drop" in event.data:
                 assert event.data["drop"]["seq"] == event.seq
+        sold = [event.data["soldStock"] for event in events if "soldStock" in event.data]
+        assert sold[-1] == drop.sold_stock
         bought = [event for event in events if event.type == EventType.PURCHASE_COMPLETED]
         assert len(bought) == drop.purchases.count()
         expired = [e.data["reservationId"] for e in events if e.type == "RESERVATION_EXPIRED"]

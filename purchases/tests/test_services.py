@@ -76,6 +76,7 @@ def test_a_purchase_consumes_the_hold_and_tells(db):
         "dropId": str(drop.pk),
         "username": user.username,
         "purchasedAt": at,
+        "qty": 2,
     }
     assert (activity.type, activity.seq) == ("ACTIVITY_UPDATED", 3)
     assert activity.data == {
@@ -431,8 +432,9 @@ def test_a_refund_without_restocking_takes_the_units_out_of_the_total(db):
     adjustment = StockAdjustment.objects.get()
     assert (adjustment.variant, adjustment.delta, adjustment.created_by) == (variant, -1, clerk)
     assert adjustment.reason == "Came back damaged"
-    (feed, _), (update, data) = news(drop, before)
-    assert (feed, update) == ("ACTIVITY_UPDATED", "DROP_UPDATED")
+    (feed, _), (units, units_data), (update, data) = news(drop, before)
+    assert (feed, units, update) == ("ACTIVITY_UPDATED", "STOCK_UPDATED", "DROP_UPDATED")
+    assert (units_data["availableStock"], units_data["soldStock"]) == (6, 0)
     assert (data["drop"]["total_stock"], data["drop"]["available_stock"]) == (6, 6)
 
 

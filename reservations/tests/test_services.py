@@ -91,6 +91,7 @@ def test_a_hold_takes_a_unit_for_a_minute_and_tells(db):
         "dropId": str(drop.pk),
         "availableStock": 9,
         "availability": "available",
+        "soldStock": 0,
         "variants": [{"id": str(variant.pk), "availableStock": 9}],
     }
 
