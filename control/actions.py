@@ -99,7 +99,7 @@ class StaffActionsAdmin(RowAdmin):
                 "title": action.title,
                 "icon": action.icon,
                 "path": self.action_url(row, action),
-                "variant": ActionVariant.DANGER if action.is_dangerous else ActionVariant.DEFAULT,
+                "variant": ActionVariant.DEFAULT,
                 "attrs": {},
             }
             for action in _actions.get(self.model, [])
@@ -146,8 +146,7 @@ class StaffActionsAdmin(RowAdmin):
                 **self.admin_site.each_context(request),
                 "opts": self.opts,
                 "title": form.title,
-                "subtitle": str(row),
-                "row": row,
+                "original": row,
                 "form": form,
                 "is_preview": is_preview,
                 "is_last_step": is_preview or not form.is_previewed,

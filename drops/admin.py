@@ -287,6 +287,7 @@ class VariantInline(TabularInline):
     fields = ["label", "total_stock", "available_stock", "held_stock", "sold_stock"]
     readonly_fields = ["held_stock"]
     extra = 0
+    hide_title = True
 
     def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -461,7 +462,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
                 **self.admin_site.each_context(request),
                 "opts": self.opts,
                 "title": "Timeline",
-                "subtitle": drop.name,
+                "original": drop,
                 "drop": drop,
                 "status": status_now(drop).label,
                 "events": [(event, describe(event)) for event in events],

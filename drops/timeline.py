@@ -3,7 +3,7 @@
 from drops.models import Drop, DropStatus
 from realtime.models import Event, EventType
 
-EVENTS_PER_PAGE = 100
+EVENTS_PER_PAGE = 50
 
 
 def read_timeline(drop: Drop, before: int | None) -> tuple[list[Event], int | None]:
