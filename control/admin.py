@@ -1,5 +1,8 @@
 """What the admin pages of all apps have in common, and the pages that belong to no app."""
 
+import uuid
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from django import forms
@@ -8,7 +11,7 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
 from django.db import OperationalError
-from django.db.models import Model
+from django.db.models import Model, Q, QuerySet
 from django.forms.models import construct_instance
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
@@ -18,6 +21,8 @@ from rest_framework.exceptions import APIException, ValidationError
 from unfold.admin import ModelAdmin
 
 from config.problems import field_errors, to_api_exception
+from drops.models import Drop
+from users.models import User
 
 
 class RowAdmin(ModelAdmin):
@@ -38,6 +43,62 @@ class ReadOnlyAdmin(RowAdmin):
 
     def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
+
+
+class CurrencyFilter(admin.SimpleListFilter):
+    """The currencies of the shop's drops; to ask the rows themselves would read all of them."""
+
+    title = "currency"
+    parameter_name = "currency"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        currencies = Drop.objects.order_by("currency").values_list("currency", flat=True)
+        return [(currency, currency) for currency in currencies.distinct()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        return queryset.filter(currency=self.value()) if self.value() else queryset
+
+
+class ClaimAdmin(RowAdmin):
+    """Rows of a user and a drop, of which there may be very many.
+
+    What they refer to is read after a page of them is chosen, and a search looks up the
+    users and drops first: joined, 100,000 rows would be put together to show fifty.
+    """
+
+    # Says to Django that there is a search.
+    search_fields = ["pk"]
+    id_fields: tuple[str, ...] = ("pk", "drop", "user")
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        return super().get_queryset(request).prefetch_related("drop", "variant", "user")
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        """Find by the exact id of anything, or by a part of a user's or a drop's name."""
+        term = search_term.strip().replace("\0", "")
+        if not term:
+            return queryset, False
+        try:
+            wanted = uuid.UUID(term)
+        except ValueError:
+            users = User.objects.filter(username__icontains=term)
+            drops = Drop.objects.filter(name__icontains=term)
+            return queryset.filter(either_of(users, "user") | either_of(drops, "drop")), False
+        return queryset.filter(
+            reduce(or_, (Q(**{field: wanted}) for field in self.id_fields))
+        ), False
+
+
+# More ids than this are not worth to be sent back and forth.
+MOST_IDS = 1000
+
+
+def either_of(rows: QuerySet[Any], field: str) -> Q:
+    """Return the condition that ``field`` is one of ``rows``: by their ids, where these are few."""
+    ids = list(rows.order_by().values_list("pk", flat=True)[: MOST_IDS + 1])
+    return Q(**{f"{field}__in": ids if len(ids) <= MOST_IDS else rows.order_by().values("pk")})
 
 
 class ServiceForm(forms.ModelForm):

@@ -5,7 +5,7 @@ from typing import Any
 
 from django.contrib.admin.models import LogEntry
 from django.db import connection
-from django.db.models import QuerySet
+from django.db.models import F, QuerySet
 
 from drops.exceptions import format_instant
 from drops.models import Drop
@@ -36,7 +36,8 @@ def figures() -> dict[str, Any]:
 def watched_drops() -> QuerySet[Drop]:
     """Return the drops that are on sale or paused, and what is about to start."""
     current = Drop.objects.current().read_now().prefetch_related(None)
-    return current.order_by("-starts_at", "-created_at")[:MOST_DROPS]
+    # The latest to start are the first to be left out.
+    return current.order_by(F("starts_at").asc(nulls_first=True), "created_at")[:MOST_DROPS]
 
 
 def drop_figures(drop: Drop) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from unfold.widgets import (
 
 from config.database import read_clock
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import ReadOnlyAdmin, ServiceAdmin, ServiceForm, link, list_link
+from control.admin import CurrencyFilter, ReadOnlyAdmin, ServiceAdmin, ServiceForm, link, list_link
 from control.dashboard import sell_through
 from control.exports import CsvResource, ExportAdmin
 from drops.exceptions import format_instant
@@ -342,7 +342,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         "ends_at",
         "timeline_link",
     ]
-    list_filter = ["status", "currency", "starts_at"]
+    list_filter = ["status", CurrencyFilter, "starts_at"]
     list_select_related = ["created_by"]
     search_fields = ["id__exact", "name", "created_by__username"]
     search_help_text = "Name or id of a drop, or name of its creator"

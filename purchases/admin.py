@@ -1,14 +1,12 @@
 from django import forms
 from django.contrib import admin
-from django.db.models import QuerySet
-from django.http import HttpRequest
 from django.utils.safestring import SafeString
 from import_export.fields import Field
 from unfold.decorators import display
 from unfold.widgets import UnfoldAdminRadioSelectWidget
 
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import ReadOnlyAdmin, link, list_link
+from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, link, list_link
 from control.exports import CsvResource, ExportAdmin
 from drops.currencies import format_amount
 from drops.models import Drop, DropStatus
@@ -99,9 +97,12 @@ class RefundAll(RefundForm):
 
 
 class PurchaseResource(CsvResource):
+    drop_id = Field("drop_id")
     drop = Field("drop__name")
     size = Field("variant__label")
+    user_id = Field("user_id")
     username = Field("user__username")
+    reservation_id = Field("reservation_id")
 
     class Meta:
         model = Purchase
@@ -127,7 +128,7 @@ def amount_of(purchase: Purchase) -> str:
 
 
 @admin.register(Purchase)
-class PurchaseAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
+class PurchaseAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
     resource = PurchaseResource
     list_display = [
         "short_id",
@@ -139,17 +140,9 @@ class PurchaseAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
         "status_label",
         "created_at",
     ]
-    list_filter = ["status", "currency"]
-    list_select_related = ["drop", "variant", "user"]
-    search_fields = [
-        "id__exact",
-        "reservation__id__exact",
-        "drop__id__exact",
-        "drop__name",
-        "user__id__exact",
-        "user__username",
-    ]
+    list_filter = ["status", CurrencyFilter]
     search_help_text = "Name or id of a user, a drop, a reservation or a purchase"
+    id_fields = (*ClaimAdmin.id_fields, "reservation")
     date_hierarchy = "created_at"
     fieldsets = [
         (None, {"fields": ["id", "status_label", "drop_link", "size", "user_link"]}),
@@ -160,9 +153,6 @@ class PurchaseAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
         *("status_label", "drop_link", "size", "user_link", "paid"),
         *("reservation_link", "of_user", "of_drop"),
     ]
-
-    def get_queryset(self, request: HttpRequest) -> QuerySet[Purchase]:
-        return super().get_queryset(request).select_related("drop", "variant", "user")
 
     @display(description="id", ordering="id")
     def short_id(self, purchase: Purchase) -> str:

@@ -1,3 +1,5 @@
+from typing import Any
+
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
@@ -6,7 +8,7 @@ from import_export.fields import Field
 from unfold.decorators import display
 
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import ReadOnlyAdmin, link, list_link
+from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, link, list_link
 from control.exports import CsvResource, ExportAdmin
 from drops.currencies import format_amount
 from drops.models import Drop, DropStatus
@@ -78,8 +80,10 @@ class Void(StaffAction):
 
 
 class ReservationResource(CsvResource):
+    drop_id = Field("drop_id")
     drop = Field("drop__name")
     size = Field("variant__label")
+    user_id = Field("user_id")
     username = Field("user__username")
 
     class Meta:
@@ -102,7 +106,7 @@ class ReservationResource(CsvResource):
 
 
 @admin.register(Reservation)
-class ReservationAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
+class ReservationAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
     resource = ReservationResource
     list_display = [
         "short_id",
@@ -114,15 +118,7 @@ class ReservationAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
         "created_at",
         "expires_at",
     ]
-    list_filter = ["status", "currency"]
-    list_select_related = ["drop", "variant", "user"]
-    search_fields = [
-        "id__exact",
-        "drop__id__exact",
-        "drop__name",
-        "user__id__exact",
-        "user__username",
-    ]
+    list_filter = ["status", CurrencyFilter]
     search_help_text = "Name or id of a user, a drop or a reservation"
     date_hierarchy = "created_at"
     fieldsets = [
@@ -136,7 +132,8 @@ class ReservationAdmin(ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
     ]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Reservation]:
-        return super().get_queryset(request).with_clock().select_related("drop", "variant", "user")
+        rows: Any = super().get_queryset(request)
+        return rows.with_clock()
 
     @display(description="id", ordering="id")
     def short_id(self, reservation: Reservation) -> str:
