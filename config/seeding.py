@@ -535,9 +535,10 @@ class DropHistory(LockedDrop):
         self.answer(purchase.user, "purchase", {}, PurchaseSerializer(purchase), at)
 
     def refund(self, reservation: Reservation, at: datetime) -> None:
-        """Give the money back and the units to the stock; the reservation stays consumed."""
+        """Give the money back and the units to the stock."""
         purchase = reservation.purchase
         purchase.status = PurchaseStatus.REFUNDED
+        reservation.status = ReservationStatus.VOIDED
         self.move(reservation.variant, available=purchase.quantity, sold=-purchase.quantity)
         self.record_feed()
         self.record_stock()
@@ -546,7 +547,7 @@ class DropHistory(LockedDrop):
     def end_hold(self, reservation: Reservation, status: ReservationStatus, at: datetime) -> None:
         reservation.status = status
         self.move(reservation.variant, available=reservation.quantity)
-        if status == ReservationStatus.EXPIRED:
+        if status != ReservationStatus.RELEASED:
             self.record(
                 EventType.RESERVATION_EXPIRED,
                 {"dropId": str(self.drop.pk), "reservationId": str(reservation.pk)},
@@ -573,6 +574,7 @@ class DropHistory(LockedDrop):
                     }
                     for entry in entries
                 ],
+                "soldStock": self.drop.sold_stock,
             },
         )
 
