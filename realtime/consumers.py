@@ -44,7 +44,8 @@ PROCESS_IS_FULL = 4503
 # How long a client may leave what was sent to it unread.
 SLOWEST_READ_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-REPLAY_PAGE = 500
+# Events in memory per client that reads slowly; the largest have some kilobytes.
+REPLAY_PAGE = 100
 # Who missed more is better served with the state.
 MAX_REPLAY = 10_000
 
@@ -101,7 +102,10 @@ class DropConsumer(Consumer):
         self.messages = Allowance(rate, 2 * rate)
         offered = self.scope["subprotocols"]
         await self.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        self.base_send = backpressure.waiting_send(self.base_send)
+        self.servers_send, self.base_send = (
+            self.base_send,
+            backpressure.waiting_send(self.base_send),
+        )
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
@@ -336,7 +340,7 @@ class DropConsumer(Consumer):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self.close(code, reason)
             except TimeoutError:
-                backpressure.abort(self.base_send)
+                backpressure.abort(self.servers_send)
 
 
 class NotFoundConsumer(Consumer):
