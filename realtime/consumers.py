@@ -26,6 +26,7 @@ from realtime.hub import OUTAGES, Hub, get_hub
 from realtime.limits import Allowance, open_connections
 from realtime.log import is_seq, read_seq
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
+from realtime.wire import Writer, frame_writer
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.identity import get_user, read_identity
 
@@ -72,6 +73,7 @@ class DropConsumer(Consumer):
     """A socket that watches all drops, or one: ``/ws/drops`` and ``/ws/drops/{id}``."""
 
     base_send: Send
+    write: Writer
     hub: Hub
     address: str | None = None
     user_id: uuid.UUID | None = None
@@ -106,6 +108,7 @@ class DropConsumer(Consumer):
             self.base_send,
             backpressure.waiting_send(self.base_send),
         )
+        self.write = frame_writer(self.servers_send)
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
@@ -290,6 +293,8 @@ class DropConsumer(Consumer):
     def _start(self, message: Message) -> None:
         """Hand ``message`` to the server at once; if it must wait, all that follows waits too."""
         if self.is_over:
+            return
+        if self.write(message):
             return
         step = self.base_send(message)
         try:
