@@ -37,7 +37,8 @@ ADDRESS = re.compile(r"/api/drops/([^/]+)/events/?")
 HEARTBEAT = b": heartbeat\n\n"
 HEARTBEAT_SECONDS = 15.0
 SLOWEST_READ_SECONDS = 5.0
-PAGE = 500
+# Events in memory per client that reads slowly; the largest have some kilobytes.
+PAGE = 100
 # Events that wait for one listener. Who is further behind comes again with its last id.
 MAX_WAITING_EVENTS = 5000
 # Browsers come again by themselves, after this long.

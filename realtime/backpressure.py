@@ -48,7 +48,7 @@ def waiting_send(send: Send) -> Send:
     if protocol is None:
         return send
     gate = Gate()
-    if protocol.application_type == "websocket":
+    if getattr(protocol, "application_type", "http") == "websocket":
         # It took over the connection from the HTTP channel, which is still registered.
         protocol.unregisterProducer()
     protocol.registerProducer(gate, True)

@@ -26,6 +26,7 @@ from realtime.hub import OUTAGES, Hub, get_hub
 from realtime.limits import Allowance, open_connections
 from realtime.log import is_seq, read_seq
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
+from realtime.wire import Writer, frame_writer
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.identity import get_user, read_identity
 
@@ -44,7 +45,8 @@ PROCESS_IS_FULL = 4503
 # How long a client may leave what was sent to it unread.
 SLOWEST_READ_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-REPLAY_PAGE = 500
+# Events in memory per client that reads slowly; the largest have some kilobytes.
+REPLAY_PAGE = 100
 # Who missed more is better served with the state.
 MAX_REPLAY = 10_000
 
@@ -71,6 +73,7 @@ class DropConsumer(Consumer):
     """A socket that watches all drops, or one: ``/ws/drops`` and ``/ws/drops/{id}``."""
 
     base_send: Send
+    write: Writer
     hub: Hub
     address: str | None = None
     user_id: uuid.UUID | None = None
@@ -101,7 +104,11 @@ class DropConsumer(Consumer):
         self.messages = Allowance(rate, 2 * rate)
         offered = self.scope["subprotocols"]
         await self.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        self.base_send = backpressure.waiting_send(self.base_send)
+        self.servers_send, self.base_send = (
+            self.base_send,
+            backpressure.waiting_send(self.base_send),
+        )
+        self.write = frame_writer(self.servers_send)
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
@@ -287,6 +294,8 @@ class DropConsumer(Consumer):
         """Hand ``message`` to the server at once; if it must wait, all that follows waits too."""
         if self.is_over:
             return
+        if self.write(message):
+            return
         step = self.base_send(message)
         try:
             waits_for = backpressure.start(step)
@@ -336,7 +345,7 @@ class DropConsumer(Consumer):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self.close(code, reason)
             except TimeoutError:
-                backpressure.abort(self.base_send)
+                backpressure.abort(self.servers_send)
 
 
 class NotFoundConsumer(Consumer):

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from realtime.models import EventType
+from realtime.wire import to_wire
 
 # The message of ASGI that sends a frame; shared by all sockets that get it.
 Message = dict[str, Any]
@@ -51,7 +52,8 @@ class EventFrame:
 
 
 def text_message(text: str) -> Message:
-    return {"type": "websocket.send", "text": text}
+    """Return ASGI's message, and in it the same as bytes, for ``wire.frame_writer``."""
+    return {"type": "websocket.send", "text": text, "wire": to_wire(text)}
 
 
 def snapshot_frame(drops: list[dict[str, Any]], at: datetime) -> str:

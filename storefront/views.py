@@ -26,6 +26,8 @@ ORDER = [
     DropStatus.PAUSED,
     Availability.SOLD_OUT,
 ]
+# Nothing more is to be waited for; the same in drop.js.
+OVER = [Availability.SOLD_OUT, DropStatus.ENDED, DropStatus.CANCELLED]
 # How long a process may give the same answer about a drop's holds.
 HOLDS_SECONDS = 1
 
@@ -63,7 +65,13 @@ def drop_page(request: HttpRequest, drop_id: str) -> HttpResponse:
     drop = find_published(read_uuid(drop_id))
     if drop is None:
         return render(request, "storefront/missing.html", common(), status=404)
-    return render(request, "storefront/drop.html", {"drop": for_page(drop), "drop_data": drop_payload(drop, drop.read_at), **common()})
+    context = {
+        "drop": for_page(drop),
+        "drop_data": drop_payload(drop, drop.read_at),
+        "over": OVER,
+        **common(),
+    }
+    return render(request, "storefront/drop.html", context)
 
 
 @require_safe

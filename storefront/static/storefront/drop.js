@@ -15,6 +15,8 @@ const MOST_AT_ONCE = 10;
 // When to ask who may let go: all pages see "all held" in the same moment.
 const FIRST_ASK_MS = 3_000;
 const NEXT_ASK_MS = 20_000;
+// Nothing more is to be waited for; the same in views.py.
+const OVER = ["sold_out", "ended", "cancelled"];
 
 const page = element("drop");
 const id = page.dataset.drop;
@@ -153,7 +155,7 @@ function situationAt(now) {
   if (outcome === "bought") return outcome;
   const mayCome = state === "available" || state === "fully_reserved";
   if (outcome && mayCome) return outcome;
-  if (mayCome && unitsLeft() === 0) return "limit_reached";
+  if (mayCome && unitsLeft() <= 0) return "limit_reached";
   if (mayCome && cooldownUntil > now) return "cooldown";
   return state;
 }
@@ -341,8 +343,9 @@ function showWords(situation, now) {
   put(element("headline"), fill(headline, values));
   put(element("detail"), fill(text.detail, values));
   page.querySelector(".deal").dataset.situation = situation;
-  const mayChoose = !hold && !["sold_out", "ended", "cancelled", "limit_reached"].includes(situation);
-  form.hidden = !mayChoose || (situation === "bought" && unitsLeft() === 0);
+  const isOver = OVER.includes(situation) || OVER.includes(stateOf(drop, now)) || unitsLeft() <= 0;
+  form.hidden = Boolean(hold) || isOver;
+  element("elsewhere").hidden = Boolean(hold) || !isOver;
   const own = me.bought(id);
   const isSaid = ["bought", "limit_reached"].includes(situation);
   element("after").hidden = !own || isSaid;
