@@ -8,6 +8,9 @@
 import { ask } from "./api.js";
 import { identity } from "./identity.js";
 
+// Other windows of this browser: what is done in one shows in all.
+const windows = new BroadcastChannel("sneaker-drops.me");
+
 /**
  * @typedef {{
  *   id: string, dropId: string, variantId: string, quantity: number, expiresAt: number,
@@ -21,6 +24,11 @@ class Me extends EventTarget {
   /** Paid ones, the newest first, as in `GET /api/purchases`. */
   purchases = [];
   #reading = 0;
+
+  constructor() {
+    super();
+    windows.addEventListener("message", () => this.load());
+  }
 
   /** Follow the private frames of `client`. */
   listen(client) {
@@ -65,6 +73,7 @@ class Me extends EventTarget {
     this.#reading += 1;
     this.holds.set(dropId, hold);
     this.#changed();
+    windows.postMessage("changed");
     return hold;
   }
 
@@ -74,6 +83,7 @@ class Me extends EventTarget {
     this.holds.delete(dropId);
     this.purchases = [purchase, ...this.purchases.filter((known) => known.id !== purchase.id)];
     this.#changed();
+    windows.postMessage("changed");
     return purchase;
   }
 
@@ -85,6 +95,7 @@ class Me extends EventTarget {
     this.#reading += 1;
     this.holds.delete(hold.dropId);
     this.#changed();
+    windows.postMessage("changed");
   }
 
   /** The hold's time is up; the server says the same within a moment. */
