@@ -7,6 +7,7 @@ from django.db.models import Min, Sum
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from django.views.decorators.cache import cache_control
+from django.views.decorators.gzip import gzip_page
 from django.views.decorators.http import require_safe
 
 from drops.exceptions import format_instant
@@ -34,6 +35,7 @@ HOLDS_SECONDS = 1
 
 # Kept by the browser for its back button, but asked for again: the stock moves.
 @require_safe
+@gzip_page
 @cache_control(no_cache=True)
 def home(request: HttpRequest) -> HttpResponse:
     """Show what can be had now and soon."""
@@ -59,6 +61,7 @@ def home(request: HttpRequest) -> HttpResponse:
 
 
 @require_safe
+@gzip_page
 @cache_control(no_cache=True)
 def drop_page(request: HttpRequest, drop_id: str) -> HttpResponse:
     """Show one drop, whatever its status; a draft isn't there yet."""
