@@ -75,13 +75,13 @@ def test_admin_pages_have_a_policy_of_their_own(admin_client, client):
         assert "'unsafe-inline'" not in policy.partition("script-src")[2].partition(";")[0]
 
 
-LISTS = {
-    "drops_drop": 0,
-    "reservations_reservation": 100_000,
-    "purchases_purchase": 100_000,
-    "realtime_event": 100_000,
-    "users_user": 100_000,
-}
+LISTS = [
+    "drops_drop",
+    "reservations_reservation",
+    "purchases_purchase",
+    "realtime_event",
+    "users_user",
+]
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def pages_of(drop):
 
 
 def test_pages_take_the_same_statements_for_one_purchase_and_100_000(admin_client, request):
-    few = PurchaseFactory().drop
+    few = PurchaseFactory(reservation__user__username="a_shopper4711").drop
 
     def counts(drop):
         made = {}
