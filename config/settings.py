@@ -183,6 +183,8 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
+# Only staff sign in, and only to the admin.
+LOGIN_REDIRECT_URL = "admin:index"
 # Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
 CREATE_UNKNOWN_USERS = DEBUG
 

@@ -11,6 +11,7 @@ import { DropsClient } from "../realtime/drops-client.js";
 import { Chart } from "./charts.js";
 
 const CHART_SECONDS = 120;
+const SHORTEST_SECONDS = 20;
 const RATE_SECONDS = 10;
 const MOST_PURCHASES = 12;
 const PULSE_RETRY_MS = 3_000;
@@ -204,8 +205,10 @@ function drawMoving() {
   element("tile-rate").textContent = (units / RATE_SECONDS).toFixed(1);
   rateChart.show({ points: seconds, from, to });
   const [first, ...others] = stock;
-  const points = first ? [[Math.max(first[0], from), first[1]], ...others] : [];
-  stockChart.show({ points, from, to });
+  if (!first) return;
+  // What was before this page is not known: the chart grows to its two minutes.
+  const begin = Math.max(from, Math.min(first[0], to - SHORTEST_SECONDS));
+  stockChart.show({ points: [[Math.max(first[0], begin), first[1]], ...others], from: begin, to });
 }
 
 function drawDrops(all) {
