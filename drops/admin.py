@@ -209,6 +209,9 @@ class Adjust(StaffAction):
         sizes: Any = self.fields["variant"]
         sizes.queryset = Variant.objects.filter(drop=row)
         sizes.label_from_instance = size_and_stock
+        # Of one size nothing is left to choose.
+        if len(only := list(sizes.queryset[:2])) == 1:
+            self.initial["variant"] = only[0].pk
 
     @classmethod
     def is_offered(cls, row: Drop) -> bool:

@@ -212,10 +212,9 @@ function drawMoving() {
 }
 
 function drawDrops(all) {
-  const order = { live: 0, paused: 1, scheduled: 2 };
   const shown = all
-    .filter((drop) => drop.status in order)
-    .sort((a, b) => order[a.status] - order[b.status] || b.sold / b.total - a.sold / a.total);
+    .filter((drop) => rank(drop) !== undefined)
+    .sort((a, b) => rank(a) - rank(b) || b.sold / b.total - a.sold / a.total);
   const list = element("drops");
   const rows = new Map([...list.children].map((row) => [row.dataset.id, row]));
   shown.forEach((drop, place) => {
@@ -226,6 +225,12 @@ function drawDrops(all) {
   });
   for (const row of rows.values()) row.remove();
   element("no-drops").hidden = shown.length > 0;
+}
+
+/** What is being sold comes first, then what waits, then what is sold out. */
+function rank(drop) {
+  const isSoldOut = drop.sold === drop.total && drop.total > 0;
+  return { live: isSoldOut ? 3 : 0, paused: 1, scheduled: 2 }[drop.status];
 }
 
 function makeRow(id) {
