@@ -19,6 +19,7 @@ from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
 from drops.group_commit import GroupCommit  # noqa: E402
 from purchases.asgi import PurchaseEndpoint  # noqa: E402
+from realtime.asgi import EventStreams  # noqa: E402
 from realtime.hub import get_hub  # noqa: E402
 from realtime.routing import websocket_urlpatterns  # noqa: E402
 from reservations.asgi import ReserveEndpoint  # noqa: E402
@@ -42,7 +43,7 @@ def http_application() -> BodyLimit | HotRoutes:
 
 application = ProtocolTypeRouter(
     {
-        "http": http_application(),
+        "http": EventStreams(http_application()),
         "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
     }
 )

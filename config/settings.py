@@ -90,6 +90,20 @@ IDEMPOTENCY_KEY_HOURS = 24
 # Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
 HOT_ROUTES = env.boolean("HOT_ROUTES", True)
 
+# --- Sockets ----------------------------------------------------------------------------
+
+# Event streams over HTTP count as sockets. 0: no limit per address, as behind a proxy, or in
+# development, where one machine is everybody.
+SOCKETS_PER_ADDRESS = env.integer(
+    "SOCKETS_PER_ADDRESS", 0 if DEBUG else 20, minimum=0, maximum=1_000_000
+)
+SOCKETS_PER_PROCESS = env.integer("SOCKETS_PER_PROCESS", 5000, minimum=1, maximum=1_000_000)
+SOCKET_SUBSCRIPTIONS = env.integer("SOCKET_SUBSCRIPTIONS", 200, minimum=1, maximum=100_000)
+SOCKET_MESSAGES_PER_SECOND = env.integer(
+    "SOCKET_MESSAGES_PER_SECOND", 10, minimum=1, maximum=10_000
+)
+SOCKET_MESSAGE_BYTES = env.integer("SOCKET_MESSAGE_BYTES", 16_384, minimum=256, maximum=1_048_576)
+
 # --- PostgreSQL and Redis ---------------------------------------------------------------
 
 # Without the two URLs a development checkout brings its own servers; never outside DEBUG.
@@ -207,7 +221,7 @@ SPECTACULAR_SETTINGS = {
     "VERSION": "0.1.0",
     "DESCRIPTION": (
         "Limited releases: reserve, purchase and watch the stock. Every error is a problem "
-        "document (RFC 9457) with a stable `code`."
+        "document (RFC 9457) with a stable `code`. The events: [WebSocket](/api/asyncapi)."
     ),
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",

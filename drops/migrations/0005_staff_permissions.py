@@ -6,7 +6,7 @@ from django.db import migrations
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('drops', '0003_drops_are_never_deleted'),
+        ('drops', '0004_windows_are_announced'),
     ]
 
     operations = [
