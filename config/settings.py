@@ -8,6 +8,7 @@ import environ
 
 from config import env
 from config.embedded import EmbeddedServers
+from control.theme import UNFOLD  # noqa: F401 - read by unfold, by this name
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 env.load_dotenv(BASE_DIR / ".env")
@@ -25,7 +26,8 @@ PORT = env.integer("PORT", 4000, minimum=1, maximum=65535)
 
 INSTALLED_APPS = [
     "daphne",
-    "django.contrib.admin",
+    "unfold.apps.BasicAppConfig",
+    "control.apps.ControlAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -44,6 +46,7 @@ INSTALLED_APPS = [
     "purchases",
     "realtime",
     "storefront",
+    "control",
 ]
 
 MIDDLEWARE = [
@@ -194,6 +197,8 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
+# Only staff sign in, and only to the admin.
+LOGIN_REDIRECT_URL = "admin:index"
 # Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
 CREATE_UNKNOWN_USERS = DEBUG
 
@@ -255,6 +260,7 @@ SERVESTATIC_AUTOREFRESH = DEBUG
 SERVESTATIC_USE_FINDERS = DEBUG
 
 LANGUAGE_CODE = "en-us"
+FORMAT_MODULE_PATH = ["config.formats"]
 TIME_ZONE = "UTC"
 USE_TZ = True
 

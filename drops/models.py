@@ -155,6 +155,12 @@ class Drop(Stock):
 
     class Meta:
         ordering = ["-created_at", "id"]
+        permissions = [
+            ("run_drop", "Can publish, schedule, pause, resume and end drops"),
+            ("cancel_drop", "Can cancel drops"),
+            ("adjust_drop", "Can add and withdraw units of drops"),
+            ("export_drop", "Can export drops"),
+        ]
         constraints = [
             stock_constraint("drop_stock_between_zero_and_total"),
             models.CheckConstraint(name="drop_price_not_negative", condition=Q(price__gte=0)),

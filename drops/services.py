@@ -96,6 +96,7 @@ class LockedDrop:
                 "dropId": str(self.drop.pk),
                 "availableStock": self.drop.available_stock,
                 "availability": self.drop.availability.value,
+                "soldStock": self.drop.sold_stock,
                 "variants": [
                     {"id": str(variant.pk), "availableStock": variant.available_stock}
                     for variant in sorted(self.variants.values(), key=lambda v: v.position)
@@ -275,11 +276,23 @@ def update_drop(drop_id: uuid.UUID, **changes: Any) -> Drop:
         ValidationError: the result would contradict itself, or the status can't follow.
     """
     locked = lock_drop(drop_id)
-    drop, now = locked.drop, read_clock()
+    now = read_clock()
+    change_drop(locked, changes, now)
+    locked.save(now)
+    return locked.drop
+
+
+def change_drop(locked: LockedDrop, changes: dict[str, Any], now: datetime) -> None:
+    """Change a locked drop, as ``update_drop`` does; the caller saves ``locked``.
+
+    Raises:
+        ValidationError: the result would contradict itself, or the status can't follow.
+    """
+    drop = locked.drop
     drop.read_at = now
     before = {name: getattr(drop, name) for name in changes}
     if before == changes:
-        return drop
+        return
     status_before = drop.status
     for name, value in changes.items():
         setattr(drop, name, value)
@@ -290,8 +303,12 @@ def update_drop(drop_id: uuid.UUID, **changes: Any) -> Drop:
     if drop.status != DropStatus.DRAFT:
         is_published = status_before != DropStatus.DRAFT
         locked.record_drop(EventType.DROP_UPDATED if is_published else EventType.DROP_CREATED)
-        locked.save(now)
-    return drop
+
+
+def status_on_sale(drop: Drop, now: datetime) -> DropStatus:
+    """Return the status that puts ``drop`` on sale, at once or from its start."""
+    is_early = drop.starts_at is not None and drop.starts_at > now
+    return DropStatus.SCHEDULED if is_early else DropStatus.LIVE
 
 
 def announce_windows() -> int:

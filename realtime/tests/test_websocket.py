@@ -182,12 +182,13 @@ def test_the_six_event_types_arrive_from_another_process(web_servers, follow):
                 "dropId": drop_id,
                 "username": user.username,
                 "purchasedAt": bought["created_at"],
+                "qty": 1,
             },
         ),
-        ("ACTIVITY_UPDATED", {"dropId": drop_id, "latestPurchasers": [purchaser]}),
-        ("STOCK_UPDATED", stock(drop_id, {small: 0, large: 0}, "fully_reserved")),
+        ("ACTIVITY_UPDATED", {"dropId": drop_id, "latestPurchasers": [purchaser], "soldStock": 1}),
+        ("STOCK_UPDATED", stock(drop_id, {small: 0, large: 0}, "fully_reserved", sold=1)),
         ("RESERVATION_EXPIRED", {"dropId": drop_id, "reservationId": hold["id"]}),
-        ("STOCK_UPDATED", stock(drop_id, {small: 0, large: 1}, "available")),
+        ("STOCK_UPDATED", stock(drop_id, {small: 0, large: 1}, "available", sold=1)),
     ]
     assert [(frame["prev"], frame["seq"]) for frame in frames] == [(n, n + 1) for n in range(8)]
     for frame in frames:
@@ -196,11 +197,14 @@ def test_the_six_event_types_arrive_from_another_process(web_servers, follow):
         assert INSTANT.fullmatch(frame["ts"])
 
 
-def stock(drop_id: str, variants: dict[str, int], availability: str) -> dict[str, Any]:
+def stock(
+    drop_id: str, variants: dict[str, int], availability: str, sold: int = 0
+) -> dict[str, Any]:
     return {
         "dropId": drop_id,
         "availableStock": sum(variants.values()),
         "availability": availability,
+        "soldStock": sold,
         "variants": [{"id": pk, "availableStock": units} for pk, units in variants.items()],
     }
 
