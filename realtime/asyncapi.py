@@ -91,8 +91,9 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
         {"drop": DROP | {"seq": 5}},
     ),
     EventType.STOCK_UPDATED: (
-        "Units were held, returned or adjusted, or the last held one was sold. It carries the "
-        "stock itself, so the newest one says it all: under load those between are left out.",
+        "Units were held, returned, adjusted or refunded, or the last held one was sold. It "
+        "carries the stock itself, so the newest one says it all: under load those between are "
+        "left out.",
         record(
             {
                 "dropId": UUID,
