@@ -1,7 +1,10 @@
 from django.contrib import admin
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
 
 from config.admin import ReadOnlyAdmin
 from drops.currencies import format_amount
+from purchases.audit import audit_stock
 from purchases.models import Purchase
 
 
@@ -27,3 +30,10 @@ class PurchaseAdmin(ReadOnlyAdmin):
     @admin.display(ordering="amount", description="amount")
     def paid(self, purchase: Purchase) -> str:
         return f"{format_amount(purchase.amount, purchase.currency)} {purchase.currency}"
+
+
+@admin.site.admin_view
+def audit_page(request: HttpRequest) -> HttpResponse:
+    """Show staff what ``manage.py audit_stock`` would find at this moment."""
+    context = admin.site.each_context(request) | {"title": "Stock audit", "audit": audit_stock()}
+    return TemplateResponse(request, "purchases/audit.html", context)
