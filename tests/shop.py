@@ -24,7 +24,6 @@ from hypothesis.stateful import (
 from rest_framework.exceptions import ValidationError
 
 from drops.exceptions import StockCommitted
-from drops.models import Drop
 from drops.services import adjust_stock, create_drop, update_drop
 from purchases.audit import audit_stock
 from realtime import publisher
@@ -38,7 +37,7 @@ from users.models import User
 TTL = timedelta(seconds=60)
 # More than all readings of the clock within a step take, so that deadlines lie apart.
 BETWEEN_STEPS = 10 * WINDOW
-USERS = 4
+USERS = 3
 
 LANES = st.sampled_from(["hot", "viewsets"])
 USER = st.integers(0, USERS - 1)
@@ -130,6 +129,13 @@ class Shop(RuleBasedStateMachine):
         headers = (("X-User-Id", self.id_of(user)),)
         response = self.send(lane, HttpRequest("DELETE", address, headers=headers))
         assert outcome_of(response) == expected
+
+    @precondition(lambda self: self.model.answers)
+    @rule(lane=LANES, number=st.integers(0, 50), same=st.booleans())
+    def repeat(self, lane: str, number: int, same: bool) -> None:
+        requests = list(self.model.answers.items())
+        (user, call, key), (body, _) = requests[number % len(requests)]
+        self.is_repeat(lane, user, call, body if same else body | {"quantity": 9}, key)
 
     # --- Time ---------------------------------------------------------------------------
 
@@ -290,9 +296,7 @@ def open_shop(stack: ExitStack, clock: Clock) -> type[Shop]:
     """Return the machine with its two lanes open until ``stack`` is left."""
     # Beside pytest Django allows no host and creates no user.
     stack.enter_context(
-        override_settings(
-            ALLOWED_HOSTS=["testserver"], RESERVATION_TTL_SECONDS=TTL.total_seconds()
-        )
+        override_settings(ALLOWED_HOSTS=["testserver"], RESERVATION_TTL_SECONDS=TTL.total_seconds())
     )
     Shop.clock = clock
     lanes = {"hot": hot_lane(), "viewsets": viewset_lane()}
