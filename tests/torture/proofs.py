@@ -1,0 +1,79 @@
+"""Scenarios within this process: the model, the interleavings and the mutants."""
+
+from contextlib import ExitStack
+
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.clock import stopped_clock
+from tests.interleaving import scenes, world
+from tests.mutants import MUTANTS
+from tests.shop import open_shop
+from tests.torture.run import Run
+
+STEPS_PER_HISTORY = 50
+# Triples draw their scenes from so many; each needs its six serial orders played first.
+SCENES_IN_SHORT = 12
+
+
+def model(run: Run) -> None:
+    steps = run.share(1500, 50_000)
+    what = "Random histories of requests, time and staff, on both lanes, against the model."
+    with run.scenario("Model", what) as result, stopped_clock() as clock, ExitStack() as stack:
+        shop = open_shop(stack, clock)
+        drawn = run.random.getrandbits(32)
+        result.facts.append(f"Hypothesis seed {drawn}")
+        histories = settings(
+            # Histories may end early, so this many may not be enough; then more follow.
+            max_examples=max(1, steps // STEPS_PER_HISTORY),
+            stateful_step_count=STEPS_PER_HISTORY,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+            verbosity=Verbosity.quiet,
+        )
+        while shop.steps < steps:
+            run_state_machine_as_test(seed(drawn + shop.steps)(shop), settings=histories)
+            run.say(f"Model: {shop.steps:,} of {steps:,} steps")
+        result.operations = shop.steps
+
+
+def pairs(run: Run) -> None:
+    what = "All pairs of use cases, every order of their statements; a serial order must match."
+    with run.scenario("Interleavings of two", what) as result, world() as stage:
+        for number, scene in enumerate(all_scenes := scenes(2), 1):
+            result.operations += stage.check_all(scene)
+            run.say(f"Interleavings of two: {number} of {len(all_scenes)} scenes")
+        result.facts.append(f"{len(all_scenes)} scenes, each in every order there is")
+
+
+def triples(run: Run) -> None:
+    count = run.share(150, 10_000)
+    what = "Three use cases at once, in orders drawn by seed; some serial order must match."
+    with run.scenario("Interleavings of three", what) as result, world() as stage:
+        drawn = scenes(3)
+        if run.is_short:
+            drawn = run.random.sample(drawn, SCENES_IN_SHORT)
+        first = run.random.getrandbits(32)
+        for number in range(first, first + count):
+            stage.check_seed(number, drawn)
+            result.operations += 1
+            if result.operations % 100 == 0:
+                run.say(f"Interleavings of three: {result.operations:,} of {count:,} seeds")
+        result.facts.append(f"seeds {first} to {first + count - 1} of {len(drawn)} scenes")
+
+
+def mutants(run: Run) -> None:
+    what = "The product with one guard missing: a named test must fail, and pass with the guard."
+    with run.scenario("Negative controls", what) as result:
+        for mutant in MUTANTS:
+            run.say(f"Negative controls: {mutant.guard}")
+            run.stack.empty()
+            mutant.run_test()
+            run.stack.empty()
+            mutant.check()
+            result.operations += 1
+            name = mutant.test_name.rpartition(".")[2]
+            result.facts.append(f"without {mutant.guard}: `{name}` fails")
+        run.stack.empty()
