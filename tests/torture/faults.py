@@ -72,6 +72,7 @@ def database(run: Run) -> None:
                 with sale.open():
                     sale.run_for(WARM_UP_SECONDS)
                     fault(sale, result)
+                run.stack.reconnect()
                 finish(result, sale)
                 result.expect(
                     all(server.is_running for server in servers), "a web process has ended"
@@ -87,7 +88,6 @@ def database(run: Run) -> None:
                 result.recovered(sale.wait_for_success(ports, ready))
                 run.say(f"PostgreSQL restarted: {result.faults} times")
                 sale.run_for(0.5)
-            run.stack.reconnect()
 
         def outage(sale: Sale, result: Result) -> None:
             run.stack.stop_postgres()
@@ -95,7 +95,6 @@ def database(run: Run) -> None:
             run.stack.start_postgres()
             result.faults = 1
             result.recovered(sale.wait_for_success(ports, time.monotonic()))
-            run.stack.reconnect()
 
         def terminations(sale: Sale, result: Result) -> None:
             for _ in range(run.size(4, 30)):
@@ -106,7 +105,7 @@ def database(run: Run) -> None:
 
         def frozen(sale: Sale, result: Result) -> None:
             with run.stack.postgres_frozen():
-                sale.run_for(run.size(6, 10))
+                sale.run_for(10)
             result.faults = 1
             result.recovered(sale.wait_for_success(ports, time.monotonic()))
             result.facts.append(f"slowest answer {sale.slowest_seconds:.1f} s")

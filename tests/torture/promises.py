@@ -7,13 +7,12 @@ from collections import Counter
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 
-import httpx
-
 from benchmarks.data import hold
 from benchmarks.users import user_id
 from tests.torture.faults import purchase, wait_until_back
 from tests.torture.processes import Child, Nursery
 from tests.torture.run import Result, Run
+from tests.torture.sale import Answer, ask_once
 
 TWINS = 100
 KEYS_AT_ONCE = 4
@@ -50,86 +49,68 @@ async def rain(
     waiting = asyncio.Semaphore(KEYS_AT_ONCE)
     outcomes: Counter[tuple[int, str | None]] = Counter()
 
-    async def send_all(key: str, number: int, client: httpx.AsyncClient) -> None:
+    async def send_all(key: str, number: int) -> None:
         async with waiting:
             answers = await asyncio.gather(
                 *(
-                    client.post(
-                        reserve_url(servers[twin % len(servers)], drop_id),
-                        headers={"X-User-Id": user_id(number), "Idempotency-Key": key},
-                    )
+                    reserve(servers[twin % len(servers)], drop_id, number, key)
                     for twin in range(TWINS)
                 )
             )
-        done = [answer for answer in answers if answer.status_code == 201]
-        outcomes.update((a.status_code, a.json().get("code")) for a in answers)
-        first = [a for a in done if "idempotent-replayed" not in a.headers]
+        outcomes.update(answer.outcome for answer in answers)
+        done = [answer for answer in answers if answer.status == 201]
+        first = [answer for answer in done if not is_replayed(answer)]
         result.expect(len(first) <= 1, f"{len(first)} first answers for one key")
-        result.expect(len({answer.content for answer in done}) == 1, "answers of one key differ")
-        bodies[key] = done[0].content if done else b""
+        result.expect(len({answer.body for answer in done}) == 1, "answers of one key differ")
+        bodies[key] = done[0].body if done else b""
 
-    async with client_of_many() as client:
-        await asyncio.gather(*(send_all(key, number, client) for key, number in sent.items()))
+    await asyncio.gather(*(send_all(key, number) for key, number in sent.items()))
     result.operations = sum(outcomes.values())
     allowed = {(201, None), (409, "idempotency_in_progress"), (503, "busy")}
     result.expect(set(outcomes) <= allowed, f"unexpected answers: {outcomes}")
-    result.facts.append(", ".join(f"{n:,} × {status}" for (status, _), n in outcomes.items()))
+    counted = (f"{count:,} × {status}" for (status, _), count in outcomes.items())
+    result.facts.append(", ".join(counted))
     return bodies
 
 
 async def afterwards(
-    result: Result,
-    server: Child,
-    drop_id: str,
-    sent: dict[str, int],
-    bodies: dict[str, bytes],
+    result: Result, server: Child, drop_id: str, sent: dict[str, int], bodies: dict[str, bytes]
 ) -> None:
     """Use the same keys with another body, and as other users."""
-    async with client_of_many() as client:
-        for key, number in sent.items():
-            headers = {"X-User-Id": user_id(number), "Idempotency-Key": key}
-            other_body = await client.post(
-                reserve_url(server, drop_id), headers=headers, json={"quantity": 2}
-            )
-            result.expect(
-                (other_body.status_code, other_body.json().get("code"))
-                == (422, "idempotency_key_reused"),
-                f"another body got {other_body.status_code}",
-            )
-            headers["X-User-Id"] = user_id(number + len(sent))
-            other_user = await client.post(reserve_url(server, drop_id), headers=headers)
-            result.expect(
-                other_user.status_code == 201
-                and "idempotent-replayed" not in other_user.headers
-                and other_user.json()["user_id"] == user_id(number + len(sent))
-                and other_user.content != bodies[key],
-                "another user saw the first one's answer",
-            )
+    for key, number in sent.items():
+        other_body = await reserve(server, drop_id, number, key, '{"quantity": 2}')
+        result.expect(
+            other_body.outcome == (422, "idempotency_key_reused"),
+            f"another body got {other_body.outcome}",
+        )
+        other = number + len(sent)
+        answer = await reserve(server, drop_id, other, key)
+        result.expect(
+            answer.status == 201
+            and not is_replayed(answer)
+            and answer.document["user_id"] == user_id(other)
+            and answer.body != bodies[key],
+            "another user saw the first one's answer",
+        )
 
 
 async def replay(
-    result: Result,
-    server: Child,
-    drop_id: str,
-    sent: dict[str, int],
-    bodies: dict[str, bytes],
+    result: Result, server: Child, drop_id: str, sent: dict[str, int], bodies: dict[str, bytes]
 ) -> None:
     """Ask again after all servers have died."""
-    async with client_of_many() as client:
-        for key, number in sent.items():
-            headers = {"X-User-Id": user_id(number), "Idempotency-Key": key}
-            again = await client.post(reserve_url(server, drop_id), headers=headers)
-            is_same = again.content == bodies[key] and "idempotent-replayed" in again.headers
-            result.expect(is_same, "after a crash a key has another answer")
+    for key, number in sent.items():
+        again = await reserve(server, drop_id, number, key)
+        is_same = again.body == bodies[key] and is_replayed(again)
+        result.expect(is_same, "after a crash a key has another answer")
 
 
-def client_of_many() -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=TWINS * KEYS_AT_ONCE)
-    return httpx.AsyncClient(timeout=60, trust_env=False, verify=False, limits=limits)
+async def reserve(server: Child, drop_id: str, number: int, key: str, body: str = "") -> Answer:
+    path = f"/api/drops/{drop_id}/reserve"
+    return await ask_once(server.port or 0, "POST", path, user_id(number), key, body)
 
 
-def reserve_url(server: Child, drop_id: str) -> str:
-    return f"http://127.0.0.1:{server.port}/api/drops/{drop_id}/reserve"
+def is_replayed(answer: Answer) -> bool:
+    return "idempotent-replayed" in answer.headers
 
 
 def clocks(run: Run) -> None:
@@ -142,11 +123,7 @@ def clocks(run: Run) -> None:
         webs = {"fast": fast.web(), "slow": slow.web()}
         for name, web in webs.items():
             (drop,) = run.stack.fresh()
-            held = httpx.post(
-                reserve_url(web, drop.drop_id),
-                headers={"X-User-Id": user_id(1)},
-                trust_env=False,
-            ).json()
+            held = asyncio.run(reserve(web, drop.drop_id, 1, f"{name} clock")).document
             off = datetime.fromisoformat(held["expires_at"]) - now(run)
             right = timedelta(seconds=TTL_SECONDS)
             result.expect(

@@ -2,6 +2,7 @@
 
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,6 +91,9 @@ class Run:
             yield result
         except AssertionError as exc:
             result.problems.append(str(exc) or repr(exc))
+        except Exception:
+            # The other scenarios may still tell something.
+            result.problems.append(traceback.format_exc())
         finally:
             result.seconds = time.monotonic() - started
         found = self.stack.deadlocks() - deadlocks

@@ -26,6 +26,8 @@ REFUSALS = {"sold_out", "fully_reserved", "idempotency_in_progress"}
 AWAY = {(503, "unavailable"), (503, "busy"), (429, "rate_limited")}
 # Who asks again to release a hold, because the first answer was lost, finds it released.
 RELEASED_BEFORE = (409, "reservation_not_active")
+# How often a customer connects anew, to any server: otherwise a new one would get nobody.
+MOVES = 0.1
 MANY = 1_000_000
 FEW = 60
 
@@ -95,6 +97,7 @@ class Sale:
         self.outcomes: Counter[tuple[int, str | None]] = Counter()
         self.failures: list[tuple[float, tuple[int, str | None]]] = []
         self.broken = 0
+        # Of reserve and purchase: everything else waits for a database that hangs.
         self.slowest_seconds = 0.0
         self.unanswered: list[str] = []
         self.strange: list[str] = []
@@ -218,7 +221,8 @@ class Sale:
                 line.close()
                 await asyncio.sleep(self.random.uniform(*RETRY_SECONDS))
                 continue
-            self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - started)
+            if call != "release":
+                self.slowest_seconds = max(self.slowest_seconds, time.monotonic() - started)
             self.outcomes[answer.outcome] += 1
             if answer.status < 300:
                 return answer
@@ -297,23 +301,49 @@ class Line:
             OSError, asyncio.IncompleteReadError, TimeoutError: there was none.
         """
         async with asyncio.timeout(ANSWER_SECONDS):
-            if self._writer is None or self.port not in self.sale.ports():
+            is_moving = self.sale.random.random() < MOVES
+            if is_moving or self._writer is None or self.port not in self.sale.ports():
                 self.close()
                 self.port = self.sale.random.choice(self.sale.ports())
                 self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self.port)
             assert self._reader is not None
-            self._writer.write(
-                f"{method} {address} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-User-Id: {user}\r\n"
-                f"Idempotency-Key: {key}\r\nContent-Length: 0\r\n\r\n".encode()
-            )
-            head = await self._reader.readuntil(b"\r\n\r\n")
-            first, *lines = head.decode("latin-1").split("\r\n")
-            headers = dict(line.lower().split(": ", 1) for line in lines if line)
-            body = await self._reader.readexactly(int(headers["content-length"]))
-        return Answer(int(first.split()[1]), body, headers)
+            return await ask(self._reader, self._writer, method, address, user, key)
 
     def close(self) -> None:
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()
             self._writer = self._reader = None
+
+
+async def ask(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    method: str,
+    address: str,
+    user: str,
+    key: str,
+    body: str = "",
+) -> Answer:
+    """Send one request and return its answer; the connection stays open."""
+    content_type = "Content-Type: application/json\r\n" if body else ""
+    writer.write(
+        f"{method} {address} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-User-Id: {user}\r\n"
+        f"Idempotency-Key: {key}\r\n{content_type}Content-Length: {len(body)}\r\n\r\n"
+        f"{body}".encode()
+    )
+    head = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines if line)
+    content = await reader.readexactly(int(headers["content-length"]))
+    return Answer(int(first.split()[1]), content, headers)
+
+
+async def ask_once(port: int, *request: str) -> Answer:
+    """Send one request on a connection of its own."""
+    async with asyncio.timeout(ANSWER_SECONDS):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            return await ask(reader, writer, *request)
+        finally:
+            writer.close()
