@@ -1,21 +1,14 @@
 """A long sale with many sockets that come and go: whatever is taken must be given back."""
 
-import asyncio
-import json
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import websockets
 
 from benchmarks.processes import resident_mb
 from tests.servers import WebServer, running_web_servers
 from tests.torture.faults import finish
 from tests.torture.run import Run
+from tests.torture.screens import Screens
 
 ORDERS_PER_SECOND = 50
 CUSTOMERS = 50
@@ -27,7 +20,6 @@ MEMORY_MB = 40
 # Beyond that, growth per 10 minutes counts as a leak.
 SLOPE_MB = 10
 POOL_SIZE = 12
-COME_AND_GO_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,64 +30,6 @@ class Held:
     files: int
     backends: int
     redis_clients: int
-
-
-class Crowd:
-    """Sockets on the list of drops; each now and then leaves, and another comes."""
-
-    def __init__(self, url: str, count: int) -> None:
-        self.url = url
-        self.count = count
-        self.connected = 0
-        self.frames = 0
-        self.gaps = 0
-        self.visits = 0
-        self._is_over = threading.Event()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        with ThreadPoolExecutor(1) as pool:
-            working = pool.submit(asyncio.run, self._watch())
-            try:
-                yield
-            finally:
-                self._is_over.set()
-                working.result(60)
-
-    async def _watch(self) -> None:
-        sockets: list[asyncio.Task[None]] = []
-        try:
-            while not self._is_over.is_set():
-                sockets = [socket for socket in sockets if not socket.done()]
-                if len(sockets) >= self.count:
-                    # One leaves without a word, as people do.
-                    sockets.pop(self.visits * 7919 % len(sockets)).cancel()
-                missing = self.count - len(sockets)
-                for _ in range(min(missing, 10)):
-                    self.visits += 1
-                    sockets.append(asyncio.create_task(self._listen()))
-                await asyncio.sleep(COME_AND_GO_SECONDS)
-        finally:
-            for socket in sockets:
-                socket.cancel()
-            await asyncio.gather(*sockets, return_exceptions=True)
-
-    async def _listen(self) -> None:
-        seqs: dict[str, int] = {}
-        with suppress(OSError, websockets.WebSocketException):
-            async with websockets.connect(self.url, open_timeout=20, proxy=None) as socket:
-                async for text in socket:
-                    frame = json.loads(text)
-                    self.frames += 1
-                    self._check(frame, seqs)
-
-    def _check(self, frame: dict, seqs: dict[str, int]) -> None:
-        if frame["type"] == "SNAPSHOT":
-            seqs |= {drop["id"]: drop["seq"] for drop in frame["data"]["drops"]}
-        elif frame.get("seq") and frame.get("dropId"):
-            if seqs.get(frame["dropId"], frame["prev"]) < frame["prev"]:
-                self.gaps += 1
-            seqs[frame["dropId"]] = frame["seq"]
 
 
 def soak(run: Run) -> None:
@@ -109,9 +43,9 @@ def soak(run: Run) -> None:
         before = None
         samples: list[tuple[float, float]] = []
         for phase, length in for_how_long.items():
-            crowd = Crowd(f"{server.ws_url}/ws/drops", sockets)
+            crowd = Screens(lambda _: f"{server.ws_url}/ws/drops", sockets, come_and_go=True)
             sale = run.sale(lambda: [server.port], CUSTOMERS, pause_seconds=pause)
-            with crowd.watching(), sale.open():
+            with crowd.lit(), sale.open():
                 ends_at = time.monotonic() + length
                 while (left := ends_at - time.monotonic()) > 0:
                     run.say(f"Soak: {phase}, {left:.0f} s left")
@@ -125,7 +59,7 @@ def soak(run: Run) -> None:
         result.expect(crowd.gaps == 0, f"{crowd.gaps} frames were missed without a sign")
         result.expect(crowd.frames > 0, "no socket got a frame")
         result.facts += [
-            f"{crowd.visits:,} sockets opened, {crowd.frames:,} frames",
+            f"{len(crowd.opened):,} sockets opened, {crowd.frames:,} frames",
             f"memory {before.memory_mb:.0f} → {after.memory_mb:.0f} MB, open files "
             f"{before.files} → {after.files}, PostgreSQL backends {before.backends} → "
             f"{after.backends}, Redis clients {before.redis_clients} → {after.redis_clients}",

@@ -13,11 +13,15 @@ from tests.torture.failpoints import FAILPOINTS
 from tests.torture.processes import Child, Nursery
 from tests.torture.run import RECOVERY_SECONDS, Result, Run
 from tests.torture.sale import Sale
+from tests.torture.screens import Screens
 from tests.torture.stack import wait_for
 
 CUSTOMERS = 200
 WARM_UP_SECONDS = 1.5
 DEATH_SECONDS = 10
+SCREENS = 20
+# How long after the last change a screen may still be wrong.
+LATE_SECONDS = 7
 
 
 def kills(run: Run) -> None:
@@ -139,18 +143,24 @@ def redis(run: Run) -> None:
         for name, what, fault in faults:
             with run.scenario(name, what) as result:
                 sale = run.sale(lambda: ports, CUSTOMERS)
-                with sale.open():
-                    sale.run_for(WARM_UP_SECONDS)
-                    with fault():
-                        sale.run_for(run.size(6, 12))
-                    sale.run_for(1)
+                screens = Screens(lambda n: f"{servers[n % 2].ws_url}/ws/drops", SCREENS)
+                with screens.lit():
+                    with sale.open():
+                        sale.run_for(WARM_UP_SECONDS)
+                        with fault():
+                            sale.run_for(run.size(6, 12))
+                        sale.run_for(1)
+                    late = screens.seconds_until_true(run.stack)
                 result.faults = 1
+                result.expect(late <= LATE_SECONDS, f"a screen was right only after {late:.1f} s")
+                result.expect(screens.gaps == 0, f"{screens.gaps} frames were missed")
                 finish(result, sale)
                 # Not even once: nothing in a sale waits for Redis.
                 result.expect(not sale.failures, f"refused: {sale.failures[:3]}")
                 result.facts.append(
                     f"{len(sale.failures)} requests refused, "
-                    f"longest silence {sale.longest_silence():.2f} s"
+                    f"longest silence {sale.longest_silence():.2f} s, "
+                    f"{SCREENS} screens right {late:.1f} s after the last change"
                 )
 
 

@@ -123,6 +123,8 @@ def clocks(run: Run) -> None:
         webs = {"fast": fast.web(), "slow": slow.web()}
         for name, web in webs.items():
             (drop,) = run.stack.fresh()
+            ends = time.time() + 3
+            hold(run.stack, drop, 2, 20, ends)
             held = asyncio.run(reserve(web, drop.drop_id, 1, f"{name} clock")).document
             off = datetime.fromisoformat(held["expires_at"]) - now(run)
             right = timedelta(seconds=TTL_SECONDS)
@@ -131,8 +133,6 @@ def clocks(run: Run) -> None:
                 and TTL_SECONDS - 30 < held["expires_in"] <= TTL_SECONDS,
                 f"a hold of the {name} one lasts {off}",
             )
-            ends = time.time() + 3
-            hold(run.stack, drop, 2, 20, ends)
             in_time = [purchase(web, drop.drop_id, number) for number in range(2, 7)]
             result.expect(set(in_time) == {(201, None)}, f"the {name} one sold {in_time}")
             # Later than all deadlines, and long before any of the two clocks says so, or after.
