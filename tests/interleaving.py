@@ -175,11 +175,13 @@ class Stage:
             actor.call = call
             actor.go()
         stuck = None
-        while enabled := self._enabled(acting):
+        moved = acting
+        while enabled := self._enabled(acting, moved):
             choice = choose(enabled)
             played.enabled.append(enabled)
             played.choices.append(choice)
-            acting[choice].go()
+            moved = [acting[choice]]
+            moved[0].go()
         if any(actor.state == "running" for actor in acting):
             stuck = Stuck(f"all wait for each other after {played.choices}")
             # The database ends it after a second, and the rest may run as it likes.
@@ -195,19 +197,23 @@ class Stage:
         played.outcomes = [actor.outcome for actor in acting]
         return played
 
-    def _enabled(self, acting: list[Actor]) -> list[int]:
-        """Wait until each is parked, done, or waits for a lock; return who is parked."""
-        rounds = int(PATIENCE_SECONDS / POLL_SECONDS)
-        for _ in range(rounds):
+    def _enabled(self, acting: list[Actor], moved: list[Actor]) -> list[int]:
+        """Wait until each is parked, done, or waits for a lock; return who is parked.
+
+        Only those who ``moved`` are given a moment; the others wait for a lock as a rule.
+        """
+        for _ in range(int(PATIENCE_SECONDS / POLL_SECONDS)):
             with self.changed:
-                if self.changed.wait_for(lambda: not self._running(acting), POLL_SECONDS):
-                    break
+                self.changed.wait_for(lambda: not self._running(moved), POLL_SECONDS)
             running = self._running(acting)
+            if not running:
+                break
             blocked = self.watcher.execute(WHO_IS_BLOCKED, [[actor.pid for actor in running]])
             pids = {pid for (pid,) in blocked}
             # Between the two looks somebody may have got the lock.
-            if running and all(a.pid in pids and a.state == "running" for a in running):
+            if all(actor.pid in pids and actor.state == "running" for actor in running):
                 break
+            moved = running
         else:
             raise Stuck("somebody neither goes on nor waits for a lock")
         return [number for number, actor in enumerate(acting) if actor.state == "parked"]

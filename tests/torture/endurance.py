@@ -13,7 +13,7 @@ from tests.torture.screens import Screens
 ORDERS_PER_SECOND = 50
 CUSTOMERS = 50
 REQUESTS_PER_VISIT = 1.75
-WARM_UP_SECONDS = 8
+WARM_UP_SECONDS = 6
 SETTLE_SECONDS = 20
 # What allocators and caches may keep.
 MEMORY_MB = 40
@@ -33,7 +33,7 @@ class Held:
 
 
 def soak(run: Run) -> None:
-    seconds = run.size(12, 0) or round(run.minutes * 60 / 2)
+    seconds = run.size(8, 0) or round(run.minutes * 60 / 2)
     sockets = run.size(100, 500)
     what = f"{sockets} sockets that come and go, {ORDERS_PER_SECOND} orders/s, {seconds} s."
     with run.scenario("Soak", what) as result, running_web_servers(WebServer("uvicorn")) as servers:

@@ -17,7 +17,7 @@ from tests.torture.screens import Screens
 from tests.torture.stack import wait_for
 
 CUSTOMERS = 200
-WARM_UP_SECONDS = 1.5
+WARM_UP_SECONDS = 1.0
 DEATH_SECONDS = 10
 SCREENS = 20
 # How long after the last change a screen may still be wrong.
@@ -95,7 +95,7 @@ def database(run: Run) -> None:
 
         def outage(sale: Sale, result: Result) -> None:
             run.stack.stop_postgres()
-            sale.run_for(run.size(6, 20))
+            sale.run_for(run.size(4, 20))
             run.stack.start_postgres()
             result.faults = 1
             result.recovered(sale.wait_for_success(ports, time.monotonic()))
@@ -148,7 +148,7 @@ def redis(run: Run) -> None:
                     with sale.open():
                         sale.run_for(WARM_UP_SECONDS)
                         with fault():
-                            sale.run_for(run.size(6, 12))
+                            sale.run_for(run.size(4, 12))
                         sale.run_for(1)
                     late = screens.seconds_until_true(run.stack)
                 result.faults = 1

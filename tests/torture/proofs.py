@@ -74,4 +74,4 @@ def mutants(run: Run) -> None:
             result.operations += 1
             name = mutant.test_name.rpartition(".")[2]
             result.facts.append(f"without {mutant.guard}: `{name}` fails")
-        run.stack.empty()
+    run.stack.populate()

@@ -32,8 +32,11 @@ class TortureStack(Stack):
         super().__exit__(*exc_info)
 
     def empty(self) -> None:
-        """Leave nothing but the numbered users."""
         self.execute(f"TRUNCATE {TABLES}, users_user RESTART IDENTITY CASCADE")
+
+    def populate(self) -> None:
+        """Leave nothing but the numbered users."""
+        self.empty()
         self.execute(CREATE_USERS, first=1, last=self.users)
 
     def connect(self, name: str | None = None) -> psycopg.Connection:
