@@ -169,7 +169,8 @@ CHANNEL_LAYERS = {
                     "health_check_interval": 15,
                 }
             ],
-            "prefix": "drops",
+            # Installations that share a Redis must not hear each other.
+            "prefix": env.text("CHANNEL_PREFIX", "drops"),
         },
     }
 }

@@ -27,7 +27,7 @@ from rest_framework.exceptions import APIException
 
 from config.problems import code_of
 from drops.hot_claims import HotClaim
-from drops.models import StockAdjustment
+from drops.models import Drop, StockAdjustment
 from drops.services import adjust_stock, create_drop
 from purchases.audit import audit_stock
 from purchases.models import Purchase
@@ -45,13 +45,16 @@ POLL_SECONDS = 0.001
 PATIENCE_SECONDS = 20
 TTL_SECONDS = 60
 STOCK = 2
+# Of another drop, which a batch takes along: all that matters there is who locks it when.
+PLENTY = 10
 KEY = "order-1"
 WHO_IS_BLOCKED = "SELECT pid FROM unnest(%s::int[]) AS pid WHERE pg_blocking_pids(pid) <> '{}'"
 # The drop as it was when it was made; its first event is that it was.
 START_OVER = (
     "DELETE FROM purchases_purchase WHERE drop_id = %(drop)s",
     "DELETE FROM reservations_reservation WHERE drop_id = %(drop)s",
-    "DELETE FROM drops_stockadjustment",
+    "DELETE FROM drops_stockadjustment WHERE variant_id IN"
+    " (SELECT id FROM drops_variant WHERE drop_id = %(drop)s)",
     "DELETE FROM realtime_event WHERE drop_id = %(drop)s AND seq > 1",
     "DELETE FROM users_idempotencykey WHERE key = %(key)s",
     """
@@ -203,8 +206,7 @@ class Stage:
         Only those who ``moved`` are given a moment; the others wait for a lock as a rule.
         """
         for _ in range(int(PATIENCE_SECONDS / POLL_SECONDS)):
-            with self.changed:
-                self.changed.wait_for(lambda: not self._running(moved), POLL_SECONDS)
+            self._pause_for(moved)
             running = self._running(acting)
             if not running:
                 break
@@ -217,6 +219,10 @@ class Stage:
         else:
             raise Stuck("somebody neither goes on nor waits for a lock")
         return [number for number, actor in enumerate(acting) if actor.state == "parked"]
+
+    def _pause_for(self, moved: list[Actor]) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: not self._running(moved), POLL_SECONDS)
 
     def _running(self, acting: list[Actor]) -> list[Actor]:
         return [actor for actor in acting if actor.state == "running"]
@@ -262,12 +268,15 @@ class World:
                 strict=True,
             )
         )
-        self.drop = create_drop(
-            self.users["staff"],
-            name="Interleaved",
-            price=Decimal("10.00"),
-            total_stock=STOCK,
-            status="live",
+        self.drop, self.other = (
+            create_drop(
+                self.users["staff"],
+                name="Interleaved",
+                price=Decimal("10.00"),
+                total_stock=stock,
+                status="live",
+            )
+            for stock in (STOCK, PLENTY)
         )
         self.size = self.drop.variants.get().pk
         self.played = 0
@@ -330,7 +339,8 @@ class World:
         calls = [self._call(kind, number, hold) for number, kind in enumerate(scene.kinds)]
         played = self.stage.play(calls, choose)
         problems = [outcome for outcome in played.outcomes if is_failure(outcome)]
-        problems += audit_stock(self.drop.pk).differences
+        for drop in self._drops(scene):
+            problems += audit_stock(drop.pk).differences
         assert not problems, f"{scene}, in the order {played.choices}: {problems}"
         self.drop.refresh_from_db()
         drop = self.drop
@@ -339,12 +349,27 @@ class World:
 
     def _set_up(self, scene: Scene) -> Reservation:
         with connection.cursor() as cursor:
-            for statement in START_OVER:
-                cursor.execute(statement, {"drop": self.drop.pk, "key": KEY, "stock": STOCK})
+            for drop in self._drops(scene):
+                stock = STOCK if drop == self.drop else PLENTY
+                for statement in START_OVER:
+                    cursor.execute(statement, {"drop": drop.pk, "key": KEY, "stock": stock})
         hold = reserve(self.drop.pk, Claim(self.users["holder"].pk))
         if scene.is_overdue:
             self.clock.move_to(hold.expires_at)
         return hold
+
+    def _drops(self, scene: Scene) -> list[Drop]:
+        return [self.drop, self.other] if "batch" in scene.kinds else [self.drop]
+
+    def _reserve_on_both_drops(self, user: User) -> Any:
+        """Do what the group commit does: what others have locked is waited for apart."""
+        claim = HotClaim(Identity(user.pk, None), None, Claim(user.pk))
+        batch = {drop.pk: [claim] for drop in (self.drop, self.other)}
+        settled = settle_reserves(batch, may_wait=False)
+        for left_out in batch.keys() - settled.keys():
+            settled |= settle_reserves({left_out: [claim]}, may_wait=True)
+        assert settled[self.other.pk][0].status == 201
+        return settled[self.drop.pk][0]
 
     def _call(self, kind: str, number: int, hold: Reservation) -> Call:
         drop, holder, keyed = self.drop, self.users["holder"], self.users["keyed"]
@@ -368,7 +393,9 @@ class World:
                 make_key(keyed.pk, "POST", path, KEY, b""),
                 Claim(keyed.pk),
             )
-            return lambda: settle_reserves(drop.pk, [request])[0]
+            return lambda: settle_reserves({drop.pk: [request]}, may_wait=True)[drop.pk][0]
+        if kind == "batch":
+            return lambda: self._reserve_on_both_drops(newcomer)
         assert kind == "deadline"
         return lambda: self.clock.move_to(hold.expires_at)
 
@@ -410,7 +437,7 @@ def one_after_the_other(order: tuple[int, ...]) -> Choose:
     return lambda enabled: next(number for number in order if number in enabled)
 
 
-KINDS = ("reserve", "purchase", "release", "expire", "adjust", "retry", "deadline")
+KINDS = ("reserve", "purchase", "release", "expire", "adjust", "retry", "batch", "deadline")
 
 
 @cache
@@ -422,7 +449,8 @@ def scenes(actors: int) -> list[Scene]:
         for kinds in drawn
         if kinds.count("deadline") <= 1
         for is_overdue in (False, True)
-        if not (is_overdue and "deadline" in kinds)
+        # Neither would differ from the same without an overdue hold.
+        if not (is_overdue and {"deadline", "batch"} & set(kinds))
     ]
 
 

@@ -17,7 +17,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.functions import Now
 
 from drops.models import Drop
-from drops.services import LOCK_DROP, lock_drop
+from drops.services import LOCK_DROPS, lock_drop
 from drops.tests import test_models as test_drop_models
 from purchases.tests import test_models as test_purchase_models
 from purchases.tests import test_services as test_purchase_services
@@ -177,8 +177,8 @@ MUTANTS = [
         "the order of the locks",
         partial(
             patch,
-            "drops.services.LOCK_DROP",
-            LOCK_DROP.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop"),
+            "drops.services.LOCK_DROPS",
+            LOCK_DROPS.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop"),
         ),
         test_races.test_the_drop_is_locked_before_its_variants,
         {},

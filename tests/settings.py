@@ -7,7 +7,12 @@ cuts. Set in the environment, so that server processes started by tests see the 
 import os
 
 os.environ["DEBUG"] = "true"
-os.environ.setdefault("EMBEDDED_INSTANCE", f"test-{os.getpid()}")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Some tests restart their servers, and all hear what is published: nothing is shared.
+    os.environ["EMBEDDED_INSTANCE"] = f"test-{os.getpid()}"
+    os.environ["CHANNEL_PREFIX"] = f"test-{os.getpid()}"
+else:
+    os.environ.setdefault("EMBEDDED_INSTANCE", f"test-{os.getpid()}")
 os.environ.setdefault("EMBEDDED_DURABLE", "false")
 
 from config.settings import *  # noqa: F403
