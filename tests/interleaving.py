@@ -280,6 +280,7 @@ class World:
         )
         self.size = self.drop.variants.get().pk
         self.played = 0
+        self._to_reset: list[Drop] = []
         self._serial: dict[Scene, set[Result]] = {}
 
     def check(self, scene: Scene, choose: Choose) -> Played:
@@ -349,10 +350,12 @@ class World:
 
     def _set_up(self, scene: Scene) -> Reservation:
         with connection.cursor() as cursor:
-            for drop in self._drops(scene):
+            # What a batch has held of the other drop must not end in the next scene.
+            for drop in {*self._drops(scene), *self._to_reset}:
                 stock = STOCK if drop == self.drop else PLENTY
                 for statement in START_OVER:
                     cursor.execute(statement, {"drop": drop.pk, "key": KEY, "stock": stock})
+        self._to_reset = self._drops(scene)
         hold = reserve(self.drop.pk, Claim(self.users["holder"].pk))
         if scene.is_overdue:
             self.clock.move_to(hold.expires_at)
