@@ -1,6 +1,7 @@
 """Reserve, release and expire: every change of a hold, each with its stock and its events."""
 
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -10,12 +11,10 @@ from typing import TypeVar
 from django.conf import settings
 from django.db import OperationalError, connection, transaction
 from django.db.models import (
-    Case,
     Max,
     Min,
     OuterRef,
     Subquery,
-    When,
 )
 from django.db.models.base import ModelState
 from django.db.models.functions import Now
@@ -389,24 +388,27 @@ def _end_hold(
 def expire_overdue(
     locked: LockedDrop, now: datetime, limit: int, own_first: Collection[uuid.UUID] = ()
 ) -> list[uuid.UUID]:
-    """Return at most ``limit`` overdue holds of a locked drop to its stock.
+    """Return about ``limit`` overdue holds of a locked drop to its stock.
 
-    Those of the users ``own_first`` come before the others': who claims anew must not find
-    the old hold still active behind a long backlog. The caller saves ``locked``.
+    Those of the users ``own_first`` all come first: who claims anew must not find the old
+    hold still active behind a long backlog. The caller saves ``locked``.
 
     Returns:
         The ids of the reservations that expired.
     """
-    is_own = [Case(When(user__in=list(own_first), then=0), default=1)] if own_first else []
-    overdue = list(
+    holds = (
         Reservation.objects.overdue(now)
         .filter(drop=locked.drop)
         # Whoever holds one of these rows is about to settle it; the drop's lock makes
         # that impossible within the project, and a foreign lock must not stop the rest.
         .select_for_update(skip_locked=True, no_key=True)
-        .order_by(*is_own, "expires_at", "pk")
-        .values_list("pk", "variant_id", "quantity")[:limit]
+        # By the deadline alone, as the index has them: thousands may share one.
+        .order_by("expires_at")
+        .values_list("pk", "variant_id", "quantity")
     )
+    own = list(holds.filter(user__in=own_first)) if own_first else []
+    others = holds.exclude(pk__in=[pk for pk, _, _ in own])[: max(0, limit - len(own))]
+    overdue = own + list(others)
     ids = [pk for pk, _, _ in overdue]
     if ids:
         with connection.cursor() as cursor:
@@ -415,12 +417,15 @@ def expire_overdue(
                 "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])",
                 [ReservationStatus.EXPIRED, ids],
             )
+    units: Counter[uuid.UUID] = Counter()
     for pk, variant_id, quantity in overdue:
-        locked.move(locked.variants[variant_id], available=quantity)
+        units[variant_id] += quantity
         locked.record(
             EventType.RESERVATION_EXPIRED,
             {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
         )
+    for variant_id, quantity in units.items():
+        locked.move(locked.variants[variant_id], available=quantity)
     return ids
 
 
