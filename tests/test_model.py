@@ -12,7 +12,7 @@ from tests.shop import open_shop
 pytestmark = pytest.mark.django_db(transaction=True)
 
 FEW = settings(
-    max_examples=8,
+    max_examples=5,
     stateful_step_count=20,
     deadline=None,
     database=None,

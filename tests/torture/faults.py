@@ -95,7 +95,7 @@ def database(run: Run) -> None:
 
         def outage(sale: Sale, result: Result) -> None:
             run.stack.stop_postgres()
-            sale.run_for(run.size(4, 20))
+            sale.run_for(run.size(8, 20))
             run.stack.start_postgres()
             result.faults = 1
             result.recovered(sale.wait_for_success(ports, time.monotonic()))
