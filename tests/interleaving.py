@@ -85,6 +85,8 @@ class Actor(threading.Thread):
         self.state = "starting"
         self.pid = 0
         self.call: Call | None = None
+        # Set when nobody is there any more to say who goes on.
+        self.is_over = False
         self.outcome: Any = None
 
     def run(self) -> None:
@@ -104,11 +106,13 @@ class Actor(threading.Thread):
             self.turn("idle", until="running")
             while self.call is not None:
                 with connection.execute_wrapper(self.park_and_execute):
+                    call = self.call
                     try:
-                        self.outcome = self.call()
+                        self.outcome = call()
                     except Exception as exc:
                         self.outcome = exc
-                self.turn("done", until="running")
+                if not self.is_over:
+                    self.turn("done", until="running")
         finally:
             connection.__dict__.pop("_commit", None)
             connection.close()
@@ -118,7 +122,8 @@ class Actor(threading.Thread):
         return execute(*args)
 
     def park(self) -> None:
-        self.turn("parked", until="running")
+        if not self.is_over:
+            self.turn("parked", until="running")
 
     def turn(self, state: str, until: str) -> None:
         with self.changed:
@@ -161,7 +166,7 @@ class Stage:
     def __exit__(self, *exc_info: object) -> None:
         self.watcher.close()
         for actor in self.actors:
-            actor.call = None
+            actor.is_over, actor.call = True, None
             actor.go()
         for actor in self.actors:
             actor.join(PATIENCE_SECONDS)
