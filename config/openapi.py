@@ -39,6 +39,7 @@ STATUS_OF_CODE = {
     "reservation_expired": 409,
     "reservation_not_active": 409,
     "idempotency_in_progress": 409,
+    "events_gone": 410,
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "idempotency_key_reused": 422,
@@ -100,7 +101,7 @@ Problem = inline_serializer(
 )
 
 
-def answers(success: dict[int, Any], *codes: str) -> dict[Any, Any]:
+def answers(success: dict[Any, Any], *codes: str) -> dict[Any, Any]:
     """Return the ``responses`` of a call: ``success``, and its problems with an example each."""
     by_status: dict[int, list[str]] = {}
     for code in (*codes, *ANYWHERE):

@@ -10,6 +10,7 @@ from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
 from purchases.admin import audit_page
+from realtime.asyncapi import asyncapi_json, asyncapi_page
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
@@ -37,6 +38,7 @@ api: list[URLPattern | URLResolver] = [
     path("", include("reservations.urls")),
     path("", include("purchases.urls")),
     path("", include("users.urls")),
+    path("", include("realtime.urls")),
     re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
     re_path(r"^docs/?$", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
     re_path(
@@ -44,6 +46,8 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
+    re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
+    re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
     # Django's own answer to an unknown address in DEBUG is a page with a traceback.
     re_path(r"", lambda request: handler404(request)),
 ]

@@ -78,7 +78,7 @@ CORRUPTIONS = {
     "the event log ends at the drop's seq, without a gap": (
         "DELETE FROM realtime_event WHERE seq = 3"
     ),
-    "a consumed reservation has exactly its purchase, no other has one": (
+    "a consumed reservation has its paid purchase, a voided one at most a refunded one": (
         "UPDATE purchases_purchase SET quantity = 2"
     ),
     "no purchase was made after its reservation's deadline": (
