@@ -198,7 +198,7 @@ class PurchaseAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
 @admin.site.admin_view
 def audit_page(request: HttpRequest) -> HttpResponse:
     """Show what ``manage.py audit_stock`` would find at this moment."""
-    if not request.user.has_perm("drops.view_drop"):  # type: ignore[union-attr]
+    if not request.user.has_perm("drops.view_drop"):
         raise PermissionDenied
     context = admin.site.each_context(request) | {"title": "Stock audit", "audit": audit_stock()}
     return TemplateResponse(request, "purchases/audit.html", context)

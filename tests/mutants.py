@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant(
         "the claim of an idempotency key",
         partial(patch.object, idempotency, "claim_keys", lambda keys: [None] * len(keys)),
-        test_model.test_any_history_goes_as_the_model_says,
+        test_model.test_a_repeat_is_replayed_on_either_lane_and_another_body_refused,
         {},
         shop,
     ),

@@ -33,3 +33,14 @@ def test_any_history_goes_as_the_model_says(shop):
     run_state_machine_as_test(shop, settings=FEW)
 
     assert shop.steps >= 50
+
+
+def test_a_repeat_is_replayed_on_either_lane_and_another_body_refused(shop):
+    history = shop()
+    history.create(sizes={"One size": 2}, limit=None, seconds=None)
+    history.reserve(lane="hot", user=0, size=1, quantity=1, key="one")
+    for lane in ("hot", "viewsets"):
+        history.repeat(lane=lane, number=0, same=True)
+        history.repeat(lane=lane, number=0, same=False)
+
+    history.nothing_is_wrong()
