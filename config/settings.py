@@ -87,6 +87,8 @@ TEMPLATES = [
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
 IDEMPOTENCY_KEY_HOURS = 24
+# What ``audit_stock`` does with a drop whose numbers differ: pause it, or only tell.
+PAUSE_DRIFTING_DROPS = env.boolean("PAUSE_DRIFTING_DROPS", False)
 # Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
 HOT_ROUTES = env.boolean("HOT_ROUTES", True)
 
@@ -148,6 +150,9 @@ DATABASES = {
                 "min_size": 1,
                 "max_size": env.integer("DATABASE_POOL_SIZE", 12, minimum=1, maximum=200),
                 "timeout": 3,
+                # Then the next request makes a new attempt at once. Otherwise the pool waits
+                # twice as long after each failure: after an outage of 20 s for another 11.
+                "reconnect_timeout": 2,
             },
             "connect_timeout": 3,
             # Lets PostgreSQL keep the plans of the busy statements, and sends arrays as they
