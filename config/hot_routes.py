@@ -19,16 +19,22 @@ from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
 
+from config.addresses import client_address
 from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
+from users.identity import Asking, raw_target
 
 # Headers that may stand only once; a repeated one is for the viewsets to judge.
 READ_HEADERS = {
     b"host",
     b"x-user-id",
     b"x-user-name",
+    b"x-auth-signature",
+    b"authorization",
+    b"x-forwarded-for",
+    b"x-forwarded-proto",
     b"x-request-id",
     b"idempotency-key",
     b"content-type",
@@ -57,6 +63,8 @@ class HotRequest:
     args: tuple[str, ...]
     request_id: str
     body: bytes = b""
+    # Added to the answer, whatever it will be.
+    answer_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @property
     def content_type(self) -> str:
@@ -64,6 +72,19 @@ class HotRequest:
 
     def header(self, name: bytes) -> str | None:
         return self.headers.get(name)
+
+    def asking(self) -> Asking:
+        """Return what says who is asking."""
+        return Asking(
+            self.method,
+            raw_target(self.scope),
+            lambda name: self.headers.get(name.encode()),
+            lambda: self.body,
+        )
+
+    def client_address(self) -> str:
+        client = self.scope.get("client")
+        return client_address(client[0] if client else None, self.header(b"x-forwarded-for"))
 
 
 @dataclass(slots=True)
@@ -146,6 +167,7 @@ class HotRoutes:
                     (b"x-request-id", request.request_id.encode()),
                     *self._common_headers(route.methods),
                     *cors_headers(request.header(b"origin")),
+                    *request.answer_headers,
                     *answer.headers,
                 ],
             }

@@ -23,6 +23,8 @@ class RequestIdMiddleware:
         request.request_id = request_id(request.headers.get("X-Request-Id"))  # type: ignore[attr-defined]
         response = refuse_wrong_host(request) or self.get_response(request)
         response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
+        for name, value in getattr(request, "rate_limit", ()):
+            response[name.decode()] = value.decode()
         return response
 
     def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:

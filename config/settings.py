@@ -153,6 +153,8 @@ def redis_url() -> str:
 
 
 REDIS_URL = redis_url()
+# Installations that share a Redis must not hear each other.
+CHANNEL_PREFIX = env.text("CHANNEL_PREFIX", "drops")
 CHANNEL_LAYERS = {
     "default": {
         # The pub/sub layer: the other one drops messages above 100 per process without a word
@@ -167,8 +169,7 @@ CHANNEL_LAYERS = {
                     "health_check_interval": 15,
                 }
             ],
-            # Installations that share a Redis must not hear each other.
-            "prefix": env.text("CHANNEL_PREFIX", "drops"),
+            "prefix": CHANNEL_PREFIX,
         },
     }
 }
@@ -180,14 +181,63 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
-# Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
-CREATE_UNKNOWN_USERS = DEBUG
+# How requests show who is asking; docs/identity.md has all three.
+IDENTITY_MODE = env.choice(
+    "IDENTITY_MODE", "header" if DEBUG else "gateway", ("header", "gateway", "jwt")
+)
+if IDENTITY_MODE == "header" and not DEBUG and not env.boolean("TRUST_IDENTITY_HEADERS", False):
+    raise env.InvalidSetting(
+        "IDENTITY_MODE",
+        "header",
+        "anybody could be anybody. Use gateway or jwt, or set TRUST_IDENTITY_HEADERS=true where "
+        "a proxy strips X-User-Id from what clients send and sets it itself",
+    )
+GATEWAY_SECRETS = env.secrets("GATEWAY_SECRETS", at_most=2) if IDENTITY_MODE == "gateway" else []
+JWT_ALGORITHMS: list[str] = []
+JWT_KEY = JWT_JWKS_FILE = JWT_AUDIENCE = JWT_ISSUER = ""
+if IDENTITY_MODE == "jwt":
+    JWT_ALGORITHMS = env.jwt_algorithms("JWT_ALGORITHMS", "RS256")
+    JWT_JWKS_FILE = env.text("JWT_JWKS_FILE", "")
+    if JWT_JWKS_FILE and not Path(JWT_JWKS_FILE).is_file():
+        raise env.InvalidSetting("JWT_JWKS_FILE", JWT_JWKS_FILE, "there is no such file")
+    if not JWT_JWKS_FILE:
+        # A PEM in .env has its line breaks written as \n.
+        JWT_KEY = env.required(
+            "JWT_KEY", "when IDENTITY_MODE is jwt, unless JWT_JWKS_FILE is"
+        ).replace("\\n", "\n")
+    JWT_AUDIENCE = env.required("JWT_AUDIENCE", "when IDENTITY_MODE is jwt")
+    JWT_ISSUER = env.required("JWT_ISSUER", "when IDENTITY_MODE is jwt")
+# A verified identity that is new becomes a user; in development any UUID does.
+CREATE_UNKNOWN_USERS = env.boolean("CREATE_UNKNOWN_USERS", True)
+
+# Proxies in front, by address or network: only what they wrote into X-Forwarded-For counts.
+TRUSTED_PROXIES = env.networks("TRUSTED_PROXIES")
+
+
+def rate_limit(action: str, user: str, address: str) -> tuple[str, str]:
+    """Return how often a user and an address may do ``action``; empty where there is no limit.
+
+    In development a user may do more, and an address anything: load comes from one machine.
+    """
+    name = f"RATE_LIMIT_{action.upper()}"
+    return (
+        env.rate(name, f"{100 * int(user)}/minute" if DEBUG else f"{user}/minute"),
+        env.rate(f"{name}_PER_ADDRESS", "off" if DEBUG else f"{address}/minute"),
+    )
+
+
+RATE_LIMITS = {
+    "reserve": rate_limit("reserve", "60", "1200"),
+    "purchase": rate_limit("purchase", "60", "1200"),
+    "create": rate_limit("create", "30", "120"),
+    "socket": rate_limit("socket", "60", "600"),
+}
 
 # --- REST -------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 16 * 1024
 REST_FRAMEWORK = {
-    "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.HeaderAuthentication"],
+    "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.IdentityAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["users.authentication.IsIdentifiedOrReadOnly"],
     "DEFAULT_PARSER_CLASSES": ["config.parsers.ObjectParser"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
@@ -224,13 +274,21 @@ CORS_ALLOWED_ORIGINS = [] if CORS_ALLOW_ALL_ORIGINS else _cors_origins
 CORS_URLS_REGEX = r"^/api/.*$"
 CORS_ALLOW_HEADERS = (
     "accept",
+    "authorization",
     "content-type",
     "idempotency-key",
+    "x-auth-signature",
     "x-request-id",
     "x-user-id",
     "x-user-name",
 )
-CORS_EXPOSE_HEADERS = ("idempotent-replayed", "retry-after", "x-request-id")
+CORS_EXPOSE_HEADERS = (
+    "idempotent-replayed",
+    "ratelimit",
+    "ratelimit-policy",
+    "retry-after",
+    "x-request-id",
+)
 
 # --- Pages and files --------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from django.conf import settings
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import URLPattern, URLResolver, include, path, re_path
+from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, SpectacularSwaggerView
 from rest_framework.exceptions import APIException, NotFound, ParseError
@@ -14,6 +15,12 @@ from config.problems import InternalError, problem_response
 def healthz(request: HttpRequest) -> JsonResponse:
     """Say that this process answers; what it depends on is another question."""
     return JsonResponse({"status": "ok"})
+
+
+@csrf_exempt
+def no_such_address(request: HttpRequest) -> HttpResponse:
+    """Answer 404 as a problem, to a POST too; Django's own 404 in DEBUG shows the settings."""
+    return handler404(request)
 
 
 def api_problem(error: APIException, page: str) -> Callable[..., HttpResponse]:
@@ -43,14 +50,13 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
-    # Django's own answer to an unknown address in DEBUG is a page with a traceback.
-    re_path(r"", lambda request: handler404(request)),
+    re_path(r"", no_such_address),
 ]
 
 urlpatterns = [
     path("api/", include(api)),
     # Otherwise APPEND_SLASH redirects, which in DEBUG fails for a POST.
-    path("api", lambda request: handler404(request)),
+    path("api", no_such_address),
     path("admin", RedirectView.as_view(url="/admin/")),
     path("admin/", admin.site.urls),
     path("healthz", healthz),

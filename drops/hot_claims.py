@@ -9,12 +9,15 @@ from django.conf import settings
 from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
+from config.rate_limits import rate_limits
 from drops.group_commit import GroupCommit
 from drops.models import Drop
+from users.authentication import ADMITTED
 from users.exceptions import InvalidIdempotencyKey, UnknownUser
 from users.idempotency import Answer, Key, answer_once, make_key
-from users.identity import Identity, create_users, read_identity
+from users.identity import Identity, create_users, identify
 from users.models import User
+from users.replays import refuse_replay_soon
 
 # Users that this process has made or found, in development; forgotten all at once when full.
 MAX_KNOWN_USERS = 100_000
@@ -30,16 +33,24 @@ class HotClaim:
     claim: Any
 
 
-def identity_of(request: HotRequest) -> Identity:
-    """Return who is asking.
+async def admit(request: HotRequest, action: str) -> Identity:
+    """Return who is asking, if not too often.
 
     Raises:
         FallThrough: nobody says so.
-        InvalidIdentity: the header is not one UUID.
+        InvalidIdentity: it can't be read or is not proven, or was used before.
+        RateLimited: this user, or this address, asked too often.
     """
-    identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+    identity = identify(request.asking())
     if identity is None:
         raise FallThrough
+    if identity.signature is not None:
+        await refuse_replay_soon(identity)
+    request.answer_headers = await rate_limits().check_soon(
+        action, identity.user_id, request.client_address
+    )
+    # A viewset that the request is passed on to must neither refuse nor count it again.
+    request.scope[ADMITTED] = identity, request.answer_headers
     return identity
 
 
@@ -80,7 +91,27 @@ def settle_claims(
     encode: Callable[[Any], Answer],
 ) -> list[Answer | APIException]:
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
+    if not settings.CREATE_UNKNOWN_USERS:
+        return _settle_known(drop_id, requests, settle_many, encode)
+    if settings.DEBUG:
+        _make_unknown_users(requests)
+    answers = _settle_known(drop_id, requests, settle_many, encode)
+    # Outside development almost nobody is new, so only who turned out to be costs anything.
+    new = [index for index, answer in enumerate(answers) if isinstance(answer, UnknownUser)]
+    if new and not settings.DEBUG:
+        create_users([requests[index].identity for index in new])
+        again = _settle_known(drop_id, [requests[index] for index in new], settle_many, encode)
+        for index, answer in zip(new, again, strict=True):
+            answers[index] = answer
+    return answers
 
+
+def _settle_known(
+    drop_id: uuid.UUID,
+    requests: Sequence[HotClaim],
+    settle_many: Callable[[uuid.UUID, list[Any]], list[Any]],
+    encode: Callable[[Any], Answer],
+) -> list[Answer | APIException]:
     def settle(indexes: list[int]) -> list[Answer | APIException]:
         outcomes = settle_many(drop_id, [requests[index].claim for index in indexes])
         return [
@@ -88,8 +119,6 @@ def settle_claims(
             for outcome in outcomes
         ]
 
-    if settings.CREATE_UNKNOWN_USERS:
-        _make_unknown_users(requests)
     try:
         return answer_once([request.key for request in requests], settle)
     except Drop.DoesNotExist:

@@ -52,6 +52,7 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
     serializer_class = DropSerializer
     permission_classes: list[type[BasePermission]] = [IsIdentifiedOrReadOnly, IsCreatorOrStaff]
     queryset = Drop.objects.all()
+    rate_limited = ("create",)
 
     def get_queryset(self) -> DropQuerySet:
         drops = Drop.objects.read_now()

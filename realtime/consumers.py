@@ -8,17 +8,21 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
 
+from config.addresses import client_address
+from config.problems import RateLimited
+from config.rate_limits import rate_limits
 from realtime import log
 from realtime.frames import is_uuid, pong_frame, snapshot_frame
 from realtime.hub import Hub, get_hub
 from users.exceptions import InvalidIdentity
-from users.identity import read_identity
+from users.identity import Identity, identify_socket
 
 MAX_WAITING_FRAMES = 1000
 
 BAD_MESSAGE = 4400
 INVALID_IDENTITY = 4401
 NOT_FOUND = 4404
+TOO_OFTEN = 4429
 TOO_SLOW = 4408
 SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
@@ -47,15 +51,35 @@ class DropConsumer(AsyncWebsocketConsumer):
         if drop_id is not None and not is_uuid(drop_id):
             return await self.close(NOT_FOUND, "no such drop")
         try:
-            check_identity(self.scope["headers"])
+            identity = identify_socket(self.scope)
+            await self._check_rate(identity)
             self.hub = get_hub()
             await self.hub.start()
             self.writer = asyncio.create_task(self._write())
             await self._begin(drop_id.lower() if drop_id else None)
         except InvalidIdentity:
-            await self.close(INVALID_IDENTITY, "invalid X-User-Id")
+            await self.close(INVALID_IDENTITY, "invalid identity")
+        except RateLimited:
+            await self.close(TOO_OFTEN, "too many connections, try again later")
         except DatabaseError:
             await self.close(TRY_AGAIN_LATER, "try again later")
+
+    async def _check_rate(self, identity: Identity | None) -> None:
+        """Count the connection; who has no identity is counted by address alone.
+
+        Raises:
+            RateLimited: there were too many of this user or address.
+        """
+        client = self.scope.get("client")
+        forwarded_for = dict(self.scope["headers"]).get(b"x-forwarded-for")
+        await rate_limits().check_soon(
+            "socket",
+            identity.user_id if identity else None,
+            lambda: client_address(
+                client[0] if client else None,
+                forwarded_for.decode("latin-1") if forwarded_for else None,
+            ),
+        )
 
     async def disconnect(self, code: int) -> None:
         if self.writer is not None:
@@ -135,16 +159,6 @@ class NotFoundConsumer(AsyncWebsocketConsumer):
     async def connect(self) -> None:
         await self.accept()
         await self.close(NOT_FOUND, "no such socket")
-
-
-def check_identity(headers: list[tuple[bytes, bytes]]) -> None:
-    """Refuse an invalid identity, as everywhere; public events need none.
-
-    Raises:
-        InvalidIdentity: ``X-User-Id`` is there and not one UUID.
-    """
-    given = [value.decode("latin-1") for name, value in headers if name == b"x-user-id"]
-    read_identity(",".join(given) if given else None, None)
 
 
 def parse_message(text: str | None) -> dict[str, Any] | None:

@@ -378,6 +378,8 @@ def test_a_page_of_another_origin_may_read_the_answers(client, transactional_db)
         assert response.headers["access-control-allow-origin"] == "*", (method, path)
         assert names_in(response, "access-control-expose-headers") == {
             "idempotent-replayed",
+            "ratelimit",
+            "ratelimit-policy",
             "retry-after",
             "x-request-id",
         }
