@@ -46,7 +46,7 @@ def verify(token: str) -> tuple[uuid.UUID, str | None]:
     known = _verified.get(digest)
     if known is None:
         claims = read_claims(token)
-        known = user_id_of(claims), name_of(claims), float(claims["exp"]) + LEEWAY_SECONDS
+        known = user_id_of(claims), name_of(claims), claims["exp"] + LEEWAY_SECONDS
         if len(_verified) >= MAX_REMEMBERED:
             _verified.clear()
         _verified[digest] = known
@@ -64,7 +64,7 @@ def forget_verified() -> None:
 
 def read_claims(token: str) -> dict[str, Any]:
     try:
-        return jwt.decode(
+        claims = jwt.decode(
             token,
             key_for(token),
             # The list is ours: a token that names another algorithm, or none, is refused.
@@ -74,10 +74,11 @@ def read_claims(token: str) -> dict[str, Any]:
             leeway=LEEWAY_SECONDS,
             options={"require": REQUIRED},
         )
+        return claims | {"exp": float(claims["exp"])}
     except PyJWTError as exc:
         raise InvalidIdentity(f"The token is not valid: {exc}") from None
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        # Odd JSON, and numbers that are no times.
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        # Odd JSON, numbers that are no times, a key that is not in the file.
         raise InvalidIdentity("The token can't be read.") from None
 
 
