@@ -35,6 +35,7 @@ STATUS_OF_CODE = {
     "drop_not_published": 409,
     "variant_required": 409,
     "limit_exceeded": 409,
+    "cooldown": 409,
     "already_reserved": 409,
     "reservation_required": 409,
     "reservation_expired": 409,

@@ -83,6 +83,8 @@ TEMPLATES = [
 
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
+# Over all drops; 0: any number. Costs a lock per user and batch (docs/adr/0011).
+MAX_ACTIVE_HOLDS = env.integer("MAX_ACTIVE_HOLDS", 0, minimum=0, maximum=10_000)
 IDEMPOTENCY_KEY_HOURS = 24
 # Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
 HOT_ROUTES = env.boolean("HOT_ROUTES", True)

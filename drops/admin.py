@@ -16,7 +16,10 @@ from drops.serializers import DropCreateSerializer, DropInputSerializer
 from drops.services import adjust_stock, create_drop, update_drop
 from users.models import User
 
-WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
+WINDOW_AND_LIMITS = [
+    *("starts_at", "ends_at", "max_per_user"),
+    *("max_expired_holds", "hold_cooldown_seconds"),
+]
 
 
 class DropForm(ServiceForm):
@@ -116,7 +119,7 @@ class DropAdmin(ServiceAdmin):
     ]
     fieldsets = [
         (None, {"fields": ["id", "name", "description", "image_url", "price", "currency"]}),
-        ("Sale", {"fields": ["status", "status_now", *WINDOW_AND_LIMIT]}),
+        ("Sale", {"fields": ["status", "status_now", *WINDOW_AND_LIMITS]}),
         (
             "Stock",
             {
@@ -136,7 +139,7 @@ class DropAdmin(ServiceAdmin):
         (
             "Sale",
             {
-                "fields": WINDOW_AND_LIMIT,
+                "fields": WINDOW_AND_LIMITS,
                 "description": "Without a start the drop is a draft until its status is changed.",
             },
         ),

@@ -108,7 +108,7 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
 
     @extend_schema(
         summary="Change a drop",
-        description="Name, description, image, price, window, limit and status; never stock.",
+        description="Name, description, image, price, window, limits and status; never stock.",
         request=DropInputSerializer,
         examples=[OpenApiExample("Pause it", {"status": "paused"}, request_only=True), EXAMPLE],
         responses=answers(

@@ -11,6 +11,7 @@ from django.conf import settings
 from django.db import OperationalError, connection, transaction
 from django.db.models import (
     Case,
+    Count,
     Max,
     Min,
     OuterRef,
@@ -30,11 +31,13 @@ from drops.services import LockedDrop, lock_drop
 from realtime.models import EventType
 from reservations.exceptions import (
     AlreadyReserved,
+    Cooldown,
     FullyReserved,
     LimitExceeded,
     ReservationExpired,
     ReservationNotActive,
     SoldOut,
+    TooManyHolds,
     VariantRequired,
 )
 from reservations.models import Reservation, ReservationStatus
@@ -65,6 +68,18 @@ class Share:
 
     used: int = 0
     hold: Reservation | None = None
+    # Read only where a limit asks for them.
+    holds_elsewhere: int = 0
+    expired: int = 0
+    last_expired_at: datetime | None = None
+
+    def expire_hold(self) -> None:
+        """Take note that the hold's time was up."""
+        assert self.hold is not None  # noqa: S101
+        self.used -= self.hold.quantity
+        self.expired += 1
+        self.last_expired_at = self.hold.expires_at
+        self.hold = None
 
 
 def reserve(drop_id: uuid.UUID, claim: Claim) -> Reservation:
@@ -91,8 +106,14 @@ def reserve_many(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Reservatio
     Raises:
         Drop.DoesNotExist: no such drop.
     """
+    if settings.MAX_ACTIVE_HOLDS:
+        lock_claimants(claims)
     locked = lock_drop(drop_id)
     shares, now = read_shares(locked.drop, claims)
+    if settings.MAX_ACTIVE_HOLDS:
+        read_holds_elsewhere(locked.drop, shares, now)
+    if locked.drop.has_cooldown:
+        read_expired_holds(locked.drop, shares)
     settlement = Settlement(locked, shares, now)
     outcomes = [settlement.settle(claim) for claim in claims]
     settlement.save()
@@ -122,8 +143,7 @@ class Settlement:
             return UnknownUser()
         if share.hold is not None and share.hold.is_overdue_at(self.now):
             self.reclaim()
-            share.used -= share.hold.quantity
-            share.hold = None
+            share.expire_hold()
         try:
             variant = self.variant_of(claim)
             if share.hold is not None:
@@ -165,6 +185,18 @@ class Settlement:
             self.reclaim()
         if variant.available_stock < claim.quantity:
             raise self.shortage(variant)
+        # After the stock, which says the same to everybody (see reservations.memory).
+        if 0 < settings.MAX_ACTIVE_HOLDS <= share.holds_elsewhere:
+            raise TooManyHolds(limit=settings.MAX_ACTIVE_HOLDS, used=share.holds_elsewhere)
+        if seconds := self.cooldown_left(share):
+            raise Cooldown(seconds)
+
+    def cooldown_left(self, share: Share) -> float:
+        """Return for how many seconds the claimant's expired holds still count against them."""
+        allowed, seconds = self.drop.max_expired_holds, self.drop.hold_cooldown_seconds
+        if not allowed or not seconds or share.expired < allowed or not share.last_expired_at:
+            return 0.0
+        return max(0.0, seconds - (self.now - share.last_expired_at).total_seconds())
 
     def hold(self, claim: Claim, variant: Variant) -> Reservation:
         drop = self.drop
@@ -310,6 +342,41 @@ def read_shares(drop: Drop, claims: Iterable[Claim]) -> tuple[dict[uuid.UUID, Sh
                 )
                 share.hold.read_at = now
     return shares, now or read_clock()
+
+
+def lock_claimants(claims: Iterable[Claim]) -> None:
+    """Let nobody else reserve for these users until the end of the transaction.
+
+    Without that, two drops could each count a hold less than the user will have. Taken
+    before any drop's lock, and by id, so that nobody waits in a circle (docs/adr/0011).
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT FROM users_user WHERE id = ANY(%b::uuid[]) ORDER BY id FOR NO KEY UPDATE",
+            [list({claim.user_id for claim in claims})],
+        )
+
+
+def read_holds_elsewhere(drop: Drop, shares: dict[uuid.UUID, Share], now: datetime) -> None:
+    """Add to ``shares`` how many holds the claimants have on other drops."""
+    holds = (
+        Reservation.objects.active()
+        .filter(user__in=list(shares), expires_at__gt=now)
+        .exclude(drop=drop)
+        .order_by()
+    )
+    for row in holds.values("user_id").annotate(count=Count("pk")):
+        shares[row["user_id"]].holds_elsewhere = row["count"]
+
+
+def read_expired_holds(drop: Drop, shares: dict[uuid.UUID, Share]) -> None:
+    """Add to ``shares`` how many holds of ``drop`` the claimants let expire, and the last time."""
+    expired = Reservation.objects.filter(
+        drop=drop, user__in=list(shares), status=ReservationStatus.EXPIRED
+    ).order_by()
+    for row in expired.values("user_id").annotate(count=Count("pk"), last=Max("expires_at")):
+        share = shares[row["user_id"]]
+        share.expired, share.last_expired_at = row["count"], row["last"]
 
 
 def release(reservation_id: uuid.UUID, user: User) -> Reservation:

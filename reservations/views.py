@@ -57,6 +57,7 @@ REFUSALS = (
     "drop_not_published",
     "variant_required",
     "limit_exceeded",
+    "cooldown",
     "already_reserved",
     "not_found",
     "busy",
