@@ -83,6 +83,8 @@ TEMPLATES = [
 
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
+# Who may create drops: any identified user, or staff alone.
+DROP_CREATORS = env.choice("DROP_CREATORS", "authenticated", ("authenticated", "staff"))
 # Over all drops; 0: any number. Costs a lock per user and batch (docs/adr/0011).
 MAX_ACTIVE_HOLDS = env.integer("MAX_ACTIVE_HOLDS", 0, minimum=0, maximum=10_000)
 IDEMPOTENCY_KEY_HOURS = 24
