@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 from channels.routing import ProtocolTypeRouter, URLRouter
 from django.core.asgi import get_asgi_application
@@ -12,6 +13,7 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
+from config import daphne_limits  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
@@ -37,6 +39,10 @@ def http_application() -> BodyLimit | HotRoutes:
         routes, BodyLimit(django_application), on_first_request=lambda: get_hub().start_soon()
     )
 
+
+# daphne reads its listener's class when it starts, after it has imported this module.
+if "daphne.server" in sys.modules:
+    daphne_limits.install()
 
 application = ProtocolTypeRouter(
     {"http": http_application(), "websocket": URLRouter(websocket_urlpatterns)}

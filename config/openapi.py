@@ -42,6 +42,8 @@ STATUS_OF_CODE = {
     "reservation_not_active": 409,
     "idempotency_in_progress": 409,
     "body_too_large": 413,
+    "address_too_long": 414,
+    "headers_too_large": 431,
     "unsupported_media_type": 415,
     "idempotency_key_reused": 422,
     "rate_limited": 429,

@@ -63,6 +63,18 @@ class BodyTooLarge(Refusal):
     default_detail = "The body is larger than this API takes."
 
 
+class AddressTooLong(Refusal):
+    status_code = HTTPStatus.REQUEST_URI_TOO_LONG
+    default_code = "address_too_long"
+    default_detail = "The address is longer than this site takes."
+
+
+class HeadersTooLarge(Refusal):
+    status_code = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    default_code = "headers_too_large"
+    default_detail = "The headers are larger than this site takes."
+
+
 class RateLimited(Refusal):
     """Too many requests; ``headers`` say how many are allowed."""
 

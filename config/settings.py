@@ -48,6 +48,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "config.middleware.RequestIdMiddleware",
+    "config.middleware.ContentSecurityPolicyMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "config.middleware.StaticFilesMiddleware",
     "corsheaders.middleware.CorsMiddleware",
@@ -83,6 +84,8 @@ TEMPLATES = [
 
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
+# What everybody is shown of who bought: the user's id, or a hash of it that only we can make.
+PUBLIC_USER_IDS = env.choice("PUBLIC_USER_IDS", "plain", ("plain", "opaque"))
 # Who may create drops: any identified user, or staff alone.
 DROP_CREATORS = env.choice("DROP_CREATORS", "authenticated", ("authenticated", "staff"))
 # Over all drops; 0: any number. Costs a lock per user and batch (docs/adr/0011).
@@ -240,6 +243,11 @@ RATE_LIMITS = {
 # --- REST -------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 16 * 1024
+MAX_ADDRESS_BYTES = 16 * 1024
+MAX_HEADER_BYTES = 32 * 1024
+MAX_JSON_DEPTH = 8
+# For a request to arrive in full, where the server is daphne.
+REQUEST_SECONDS = 30
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.IdentityAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["users.authentication.IsIdentifiedOrReadOnly"],
@@ -294,6 +302,40 @@ CORS_EXPOSE_HEADERS = (
     "x-request-id",
 )
 
+# --- Browsers ---------------------------------------------------------------------------
+
+# Scripts only from our own files, never from the page itself; pages that need more are named
+# by the start of their path, the longest first.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' https: data:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_VIEWERS = (
+    CONTENT_SECURITY_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+    + "; worker-src 'self' blob:"
+)
+CONTENT_SECURITY_POLICIES = {
+    # Swagger UI and Redoc make styles as they go, and Redoc searches in a worker.
+    "/api/docs": _VIEWERS,
+    "/api/redoc": _VIEWERS,
+    "/api/": "default-src 'none'; frame-ancestors 'none'",
+}
+X_FRAME_OPTIONS = "DENY"
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+SESSION_COOKIE_HTTPONLY = CSRF_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_AGE = 12 * 3600
+# Redirect plain HTTP, and have browsers never try it again.
+SECURE_SSL_REDIRECT = env.boolean("HTTPS_ONLY", False)
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if SECURE_SSL_REDIRECT else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = SECURE_SSL_REDIRECT
+if TRUSTED_PROXIES:
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+if SECURE_SSL_REDIRECT:
+    CSRF_TRUSTED_ORIGINS = [f"https://{host}" for host in ALLOWED_HOSTS if host != "*"]
+
 # --- Pages and files --------------------------------------------------------------------
 
 STATIC_URL = "static/"
@@ -312,7 +354,14 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "filters": {"secrets": {"()": "config.logs.MaskSecrets"}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "line",
+            "filters": ["secrets"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": env.text("LOG_LEVEL", "INFO").upper()},
     "loggers": {
         # Each refused request would be a line of its own here.

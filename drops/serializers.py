@@ -14,6 +14,7 @@ from config.serializers import (
 )
 from drops.currencies import DECIMALS, format_amount
 from drops.models import Availability, Drop, DropStatus, Variant
+from users.identity import public_id
 
 LONGEST_COOLDOWN_SECONDS = 30 * 24 * 3600
 
@@ -85,7 +86,10 @@ class DropSerializer(serializers.ModelSerializer):
         return drop.status_at(drop.read_at)
 
     def get_activity_feed(self, drop: Drop) -> ActivityFeedSerializer:
-        return {"latest_purchasers": drop.latest_purchasers}  # type: ignore[return-value]
+        entries = [
+            entry | {"user_id": public_id(entry["user_id"])} for entry in drop.latest_purchasers
+        ]
+        return {"latest_purchasers": entries}  # type: ignore[return-value]
 
 
 class VariantInputSerializer(StrictSerializer):

@@ -24,6 +24,7 @@ from reservations.models import Reservation, ReservationStatus
 from reservations.services import COLUMNS as RESERVATION_COLUMNS
 from reservations.services import raise_refusal
 from users.exceptions import UnknownUser
+from users.identity import public_id
 from users.models import User
 
 COLUMNS = [field.attname for field in Purchase._meta.concrete_fields]
@@ -212,7 +213,7 @@ def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
             "dropId": str(drop.pk),
             "latestPurchasers": [
                 {
-                    "userId": entry["user_id"],
+                    "userId": public_id(entry["user_id"]),
                     "username": entry["username"],
                     "qty": entry["qty"],
                     "createdAt": entry["created_at"],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
+from django.utils.crypto import salted_hmac
 
 from users import tokens
 from users.exceptions import InvalidIdentity, UnknownUser
@@ -181,6 +182,19 @@ def decode(header: str) -> str:
         return header.encode("latin-1").decode()
     except UnicodeError:
         return header
+
+
+def public_id(user_id: uuid.UUID | str) -> str:
+    """Return how everybody may know a user: by the id, or by a hash that doesn't give it away.
+
+    The hash is a UUID too (version 8), so that clients need not care, and the same for ever
+    as long as SECRET_KEY is.
+    """
+    if settings.PUBLIC_USER_IDS == "plain":
+        return str(user_id)
+    digest = salted_hmac("users.public_id", str(user_id), algorithm="sha256").digest()
+    value = int.from_bytes(digest[:16]) & ~(0xF << 76) | 8 << 76
+    return str(uuid.UUID(int=value & ~(0b11 << 62) | 0b10 << 62))
 
 
 def get_user(identity: Identity) -> User:
