@@ -124,6 +124,8 @@ DATABASE_TIMEOUTS = (
     "-c lock_timeout=2s -c statement_timeout=15s -c idle_in_transaction_session_timeout=10s"
 )
 
+# Web processes of this installation in all, for ``manage.py check`` to count connections.
+WEB_PROCESSES = env.integer("WEB_PROCESSES", 1, minimum=1, maximum=1000)
 _database = database_settings()
 DATABASES = {
     "default": _database
