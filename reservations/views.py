@@ -181,7 +181,7 @@ class ExpireNowView(APIView):
                 response_only=True,
             )
         ],
-        responses=answers({200: ExpireNowSerializer}),
+        responses=answers({200: ExpireNowSerializer}, "validation_error", *IDEMPOTENT),
     )
     @idempotent
     def post(self, request: Request) -> Response:
