@@ -1,9 +1,14 @@
-"""Settle many waiting requests for one drop in one transaction.
+"""Settle many waiting requests in one transaction, across drops.
 
 The cost of a hot row is the time a transaction keeps its lock, commit included, not the
-work per unit. So per process and drop at most one transaction is in flight; requests that
-arrive meanwhile wait in a queue and go out together in the next. Nobody waits for a timer,
-and an answer is given only after the commit.
+work per unit, and most of a small transaction's cost is the transaction. So per process one
+transaction is in flight; requests that arrive meanwhile, for whatever drops, wait in a queue
+and go out together in the next. Nobody waits for a timer, and an answer is given only after
+the commit.
+
+That transaction waits for no lock. A drop that somebody else has locked at that moment
+(another process, the expiry loop, staff) is left out of it and gets a queue of its own until
+that is empty, so a crowd on one drop never waits for another drop's lock.
 """
 
 import asyncio
@@ -11,10 +16,10 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connection
 from psycopg_pool import PoolTimeout
@@ -25,23 +30,33 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 MAX_WAIT_SECONDS = 2.0
-# How many drops are written to at once; each takes a database connection.
-MAX_DROPS_AT_ONCE = 4
+# How many drops that others have locked are waited for at once; each takes a connection.
+MAX_DROPS_APART = 3
 # Weight of the newest batch in the running mean of how long a batch takes.
 SMOOTHING = 0.2
 
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-Settle = Callable[[uuid.UUID, Sequence[Any]], list[Any]]
+
+class Settle(Protocol):
+    """Settle the requests of several drops; runs in a thread.
+
+    Returns:
+        One answer per request, by drop, after the commit. Drops that somebody else keeps
+        locked are left out, unless it ``may_wait``.
+    """
+
+    def __call__(
+        self, batch: dict[uuid.UUID, list[Any]], *, may_wait: bool
+    ) -> dict[uuid.UUID, list[Any]]: ...
 
 
 @dataclass(slots=True)
-class Waiting(Generic[Request, Answer]):
+class Waiting:
     """A request and the place where its answer will appear."""
 
-    request: Request
+    drop_id: uuid.UUID
+    request: Any
     settle: Settle
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[Any]
     # Two requests with the same key never share a batch: the second needs the first's commit.
     key: Hashable | None
 
@@ -53,9 +68,11 @@ class Waiting(Generic[Request, Answer]):
 
 @dataclass(slots=True)
 class Lane:
-    """What waits for one drop."""
+    """A queue of which one batch at a time is settled."""
 
-    drop_id: uuid.UUID
+    # The drop that has this lane for itself; None for the lane of all others.
+    drop_id: uuid.UUID | None
+    executor: ThreadPoolExecutor
     queue: deque[Waiting] = field(default_factory=deque)
     # Kept here, because the loop itself keeps only weak references to its tasks.
     task: asyncio.Task[None] | None = None
@@ -86,39 +103,49 @@ class Lane:
         self.queue = left
         return batch
 
+    def take_drop(self, drop_id: uuid.UUID) -> list[Waiting]:
+        """Take whatever waits for the drop."""
+        taken = [waiting for waiting in self.queue if waiting.drop_id == drop_id]
+        self.queue = deque(waiting for waiting in self.queue if waiting.drop_id != drop_id)
+        return taken
+
 
 class GroupCommit:
-    """The queues of one event loop, one per drop that somebody wants something of."""
+    """The queues of one event loop: one for all drops, and one for each that others use too."""
 
     def __init__(self) -> None:
-        self._lanes: dict[uuid.UUID, Lane] = {}
-        self._executor = ThreadPoolExecutor(MAX_DROPS_AT_ONCE, "group-commit")
+        # Of its own, so that whoever waits for a lock never takes the thread of all others.
+        self._together = Lane(None, ThreadPoolExecutor(1, "group-commit"))
+        self._apart: dict[uuid.UUID, Lane] = {}
+        self._apart_executor = ThreadPoolExecutor(MAX_DROPS_APART, "group-commit-apart")
+
+    @property
+    def executors(self) -> tuple[ThreadPoolExecutor, ...]:
+        return self._together.executor, self._apart_executor
 
     async def submit(
         self, drop_id: uuid.UUID, settle: Settle, request: Any, key: Hashable | None = None
     ) -> Any:
-        """Return what ``settle(drop_id, requests)`` returns for ``request``.
-
-        ``settle`` runs in a thread, takes several requests at once and returns one answer
-        for each, after its commit.
+        """Return what ``settle`` answers to ``request``, after its commit.
 
         Raises:
             Busy: the queue is so long that the answer would take more than two seconds.
             Exception: what ``settle`` raised for this very request.
         """
-        lane = self._lanes.get(drop_id)
-        if lane is None:
-            lane = self._lanes[drop_id] = Lane(drop_id)
+        lane = self._apart.get(drop_id, self._together)
         if lane.expected_wait_seconds() > MAX_WAIT_SECONDS:
             raise Busy
-        waiting: Waiting = Waiting(request, settle, asyncio.get_running_loop().create_future(), key)
-        lane.queue.append(waiting)
+        answer = asyncio.get_running_loop().create_future()
+        lane.queue.append(Waiting(drop_id, request, settle, answer, key))
+        self._start(lane)
+        return await answer
+
+    def _start(self, lane: Lane) -> None:
         if lane.task is None:
             lane.task = asyncio.create_task(self._run(lane))
-        return await waiting.answer
 
     async def _run(self, lane: Lane) -> None:
-        """Settle batch after batch until nothing waits; then the lane is gone."""
+        """Settle batch after batch until nothing waits."""
         batch: list[Waiting] = []
         try:
             while lane.queue:
@@ -129,24 +156,36 @@ class GroupCommit:
             # A mistake in here must not let anybody wait forever.
             for waiting in (*batch, *lane.queue):
                 waiting.fail(exc)
+            lane.queue.clear()
         finally:
-            del self._lanes[lane.drop_id]
+            lane.task = None
+            if lane.drop_id is not None:
+                del self._apart[lane.drop_id]
 
     async def _settle(self, lane: Lane, batch: list[Waiting]) -> None:
-        loop = asyncio.get_running_loop()
+        waiting: dict[uuid.UUID, list[Waiting]] = {}
+        for one in batch:
+            waiting.setdefault(one.drop_id, []).append(one)
+        requests = {pk: [one.request for one in of_drop] for pk, of_drop in waiting.items()}
         lane.started_at = time.monotonic()
-        requests = [waiting.request for waiting in batch]
-        answers = await loop.run_in_executor(
-            self._executor, settle_apart, batch[0].settle, lane.drop_id, requests
+        answers = await asyncio.get_running_loop().run_in_executor(
+            lane.executor, settle_apart, batch[0].settle, requests, lane.drop_id is not None
         )
         took = time.monotonic() - lane.started_at
         lane.started_at = None
         lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
-        for waiting, answer in zip(batch, answers, strict=True):
-            if isinstance(answer, Failure):
-                waiting.fail(answer.reason)
-            elif not waiting.answer.done():
-                waiting.answer.set_result(answer)
+        for drop_id, of_drop in waiting.items():
+            if drop_id in answers:
+                give_answers(of_drop, answers[drop_id])
+            else:
+                self._set_apart(drop_id, of_drop)
+
+    def _set_apart(self, drop_id: uuid.UUID, waiting: list[Waiting]) -> None:
+        """Let a drop that somebody else has locked be waited for on its own."""
+        lane = self._apart[drop_id] = Lane(drop_id, self._apart_executor)
+        lane.queue.extend(waiting)
+        lane.queue.extend(self._together.take_drop(drop_id))
+        self._start(lane)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,25 +195,43 @@ class Failure:
     reason: Exception
 
 
-def settle_apart(settle: Settle, drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
-    """Settle ``requests`` together; where that breaks, in halves, down to the one to blame.
+def give_answers(waiting: Sequence[Waiting], answers: Sequence[Any]) -> None:
+    for one, answer in zip(waiting, answers, strict=True):
+        if isinstance(answer, Failure):
+            one.fail(answer.reason)
+        elif not one.answer.done():
+            one.answer.set_result(answer)
 
-    Without the database all of them fail at once: apart they would fare no better, and
-    each would wait for the others.
+
+def settle_apart(
+    settle: Settle, batch: dict[uuid.UUID, list[Any]], may_wait: bool
+) -> dict[uuid.UUID, list[Any]]:
+    """Settle a batch; where that breaks, drop by drop and in halves, down to the one to blame.
+
+    Without the database all of it fails at once: apart the requests would fare no better,
+    and each would wait for the others.
     """
+    count = sum(map(len, batch.values()))
     try:
-        return settle(drop_id, requests)
+        return settle(batch, may_wait=may_wait)
     except (OperationalError, InterfaceError, PoolTimeout) as exc:
-        logger.warning("a batch of %d failed: %s", len(requests), exc)
+        logger.warning("a batch of %d failed: %s", count, exc)
         connection.close()
-        return [Failure(exc)] * len(requests)
+        return {pk: [Failure(exc)] * len(requests) for pk, requests in batch.items()}
     except Exception as exc:
         if isinstance(exc, DatabaseError):
             connection.close()
-        if len(requests) == 1:
-            return [Failure(exc)]
-        logger.exception("a batch of %d broke; settling its halves", len(requests))
-    middle = len(requests) // 2
-    return settle_apart(settle, drop_id, requests[:middle]) + settle_apart(
-        settle, drop_id, requests[middle:]
-    )
+        if count == 1:
+            return {pk: [Failure(exc)] for pk in batch}
+        logger.exception("a batch of %d broke; settling its parts", count)
+    if len(batch) > 1:
+        return {
+            pk: answers
+            for drop_id, requests in batch.items()
+            for pk, answers in settle_apart(settle, {drop_id: requests}, may_wait).items()
+        }
+    ((drop_id, requests),) = batch.items()
+    # Half of a drop's answers would be of no use, so now its lock is waited for.
+    halves = [requests[: count // 2], requests[count // 2 :]]
+    settled = [settle_apart(settle, {drop_id: half}, True) for half in halves]
+    return {drop_id: [answer for half in settled for answer in half[drop_id]]}

@@ -3,17 +3,16 @@
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from django.conf import settings
 from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
 from config.rate_limits import rate_limits
-from drops.group_commit import GroupCommit
-from drops.models import Drop
+from drops.group_commit import GroupCommit, Settle
 from users.authentication import ADMITTED
-from users.exceptions import InvalidIdempotencyKey, UnknownUser
+from users.exceptions import IdempotencyInProgress, InvalidIdempotencyKey, UnknownUser
 from users.idempotency import Answer, Key, answer_once, make_key
 from users.identity import Identity, create_users, identify
 from users.models import User
@@ -72,7 +71,7 @@ def key_of(request: HotRequest, identity: Identity) -> Key | None:
 async def settle_in_batch(
     group: GroupCommit,
     drop_id: uuid.UUID,
-    settle: Callable[[uuid.UUID, Sequence[HotClaim]], list[Any]],
+    settle: Settle,
     claim: HotClaim,
 ) -> HotAnswer | APIException:
     """Return the answer of the batch that ``claim`` went out with, or its refusal."""
@@ -84,48 +83,101 @@ async def settle_in_batch(
     return HotAnswer(answer.status, answer.body.encode(), replayed)
 
 
+# Stands for the answer to a claim on a drop that somebody else keeps locked.
+LEFT_OUT: Any = object()
+
+
+class SettleMany(Protocol):
+    """``reserve_on_drops`` or ``purchase_on_drops``."""
+
+    def __call__(
+        self, claims: dict[uuid.UUID, list[Any]], /, *, may_wait: bool
+    ) -> dict[uuid.UUID, list[Any]]: ...
+
+
 def settle_claims(
-    drop_id: uuid.UUID,
-    requests: Sequence[HotClaim],
-    settle_many: Callable[[uuid.UUID, list[Any]], list[Any]],
+    batch: dict[uuid.UUID, list[HotClaim]],
+    settle_many: SettleMany,
     encode: Callable[[Any], Answer],
-) -> list[Answer | APIException]:
+    *,
+    may_wait: bool,
+) -> dict[uuid.UUID, list[Answer | APIException]]:
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
     if not settings.CREATE_UNKNOWN_USERS:
-        return _settle_known(drop_id, requests, settle_many, encode)
+        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
     if settings.DEBUG:
-        _make_unknown_users(requests)
-    answers = _settle_known(drop_id, requests, settle_many, encode)
+        _make_unknown_users([claim for claims in batch.values() for claim in claims])
+        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
     # Outside development almost nobody is new, so only who turned out to be costs anything.
-    new = [index for index, answer in enumerate(answers) if isinstance(answer, UnknownUser)]
-    if new and not settings.DEBUG:
-        create_users([requests[index].identity for index in new])
-        again = _settle_known(drop_id, [requests[index] for index in new], settle_many, encode)
-        for index, answer in zip(new, again, strict=True):
-            answers[index] = answer
+    answers = _settle_known(batch, settle_many, encode, may_wait=may_wait)
+    new = {
+        drop_id: [
+            claim
+            for claim, answer in zip(batch[drop_id], of_drop, strict=True)
+            if isinstance(answer, UnknownUser)
+        ]
+        for drop_id, of_drop in answers.items()
+    }
+    new = {drop_id: claims for drop_id, claims in new.items() if claims}
+    if new:
+        create_users([claim.identity for claims in new.values() for claim in claims])
+        # It waits for the drops' locks: what was settled already can't be left out any more.
+        for drop_id, of_drop in _settle_known(new, settle_many, encode, may_wait=True).items():
+            settled = iter(of_drop)
+            answers[drop_id] = [
+                next(settled) if isinstance(answer, UnknownUser) else answer
+                for answer in answers[drop_id]
+            ]
     return answers
 
 
 def _settle_known(
-    drop_id: uuid.UUID,
-    requests: Sequence[HotClaim],
-    settle_many: Callable[[uuid.UUID, list[Any]], list[Any]],
+    batch: dict[uuid.UUID, list[HotClaim]],
+    settle_many: SettleMany,
     encode: Callable[[Any], Answer],
-) -> list[Answer | APIException]:
-    def settle(indexes: list[int]) -> list[Answer | APIException]:
-        outcomes = settle_many(drop_id, [requests[index].claim for index in indexes])
-        return [
-            outcome if isinstance(outcome, APIException) else encode(outcome)
-            for outcome in outcomes
-        ]
+    *,
+    may_wait: bool,
+) -> dict[uuid.UUID, list[Answer | APIException]]:
+    requests = [(drop_id, claim) for drop_id, claims in batch.items() for claim in claims]
+
+    def settle(indexes: list[int]) -> list[Any]:
+        claims: dict[uuid.UUID, list[Any]] = {}
+        for index in indexes:
+            drop_id, request = requests[index]
+            claims.setdefault(drop_id, []).append(request.claim)
+        outcomes = settle_many(claims, may_wait=may_wait)
+        answers = {
+            drop_id: iter(
+                [
+                    outcome if isinstance(outcome, APIException) else encode(outcome)
+                    for outcome in of_drop
+                ]
+            )
+            for drop_id, of_drop in outcomes.items()
+        }
+        missing = {requests[index][0] for index in indexes} - answers.keys()
+        for drop_id in missing:
+            answers[drop_id] = iter(
+                _no_such_drop(batch[drop_id]) if may_wait else [LEFT_OUT] * len(batch[drop_id])
+            )
+        return [next(answers[requests[index][0]]) for index in indexes]
 
     try:
-        return answer_once([request.key for request in requests], settle)
-    except Drop.DoesNotExist:
-        # Who asks comes first, as everywhere.
-        users = User.objects.filter(pk__in=[r.identity.user_id for r in requests], is_active=True)
-        known = set(users.values_list("pk", flat=True))
-        return [NotFound() if r.identity.user_id in known else UnknownUser() for r in requests]
+        keys = [request.key for _, request in requests]
+        settled = iter(answer_once(keys, settle, may_wait=may_wait))
+    except IdempotencyInProgress:
+        if may_wait:
+            raise
+        return {}  # A key is waited for where that keeps up nobody else.
+    answers = {drop_id: [next(settled) for _ in claims] for drop_id, claims in batch.items()}
+    return {pk: of_drop for pk, of_drop in answers.items() if LEFT_OUT not in of_drop}
+
+
+def _no_such_drop(requests: Sequence[HotClaim]) -> list[APIException]:
+    """Say so, or that there is no such user: who asks comes first, as everywhere."""
+    users = User.objects.filter(pk__in=[r.identity.user_id for r in requests], is_active=True)
+    known = set(users.values_list("pk", flat=True))
+    return [NotFound() if r.identity.user_id in known else UnknownUser() for r in requests]
 
 
 def _make_unknown_users(requests: Sequence[HotClaim]) -> None:

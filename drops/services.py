@@ -7,6 +7,7 @@ several of one kind by primary key.
 
 import json
 import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -39,13 +40,14 @@ ALLOWED_STATUS_CHANGES: dict[str, set[DropStatus]] = {
 
 DROP_COLUMNS = [field.attname for field in Drop._meta.concrete_fields]
 VARIANT_COLUMNS = [field.attname for field in Variant._meta.concrete_fields]
-LOCK_DROP = f"""
+LOCK_DROPS = f"""
     SELECT {", ".join(f"drop.{column}" for column in DROP_COLUMNS)},
-           {", ".join(f"variant.{column}" for column in VARIANT_COLUMNS)}
+           {", ".join(f"variant.{column}" for column in VARIANT_COLUMNS)},
+           (SELECT count(*) FROM drops_variant WHERE drop_id = drop.id)
     FROM drops_drop AS drop
     JOIN drops_variant AS variant ON variant.drop_id = drop.id
-    WHERE drop.id = %s
-    ORDER BY variant.id
+    WHERE drop.id = ANY(%b::uuid[])
+    ORDER BY drop.id, variant.id
     FOR NO KEY UPDATE OF drop, variant
 """  # noqa: S608 - the columns are the models' own
 
@@ -62,6 +64,7 @@ class LockedDrop:
     variants: dict[uuid.UUID, Variant]
     _moves: dict[uuid.UUID, list[int]] = field(default_factory=dict)
     _events: list[NewEvent] = field(default_factory=list)
+    _feed: list[dict] | None = None
 
     def move(self, variant: Variant, *, available: int = 0, sold: int = 0, total: int = 0) -> None:
         """Add to the counters of ``variant`` and of the drop; negative numbers take away."""
@@ -69,9 +72,12 @@ class LockedDrop:
             stock.available_stock += available
             stock.sold_stock += sold
             stock.total_stock += total
-        moved = self._moves.setdefault(variant.pk, [0, 0, 0])
-        for index, units in enumerate((available, sold, total)):
-            moved[index] += units
+        moved = self._moves.get(variant.pk)
+        if moved is None:
+            moved = self._moves[variant.pk] = [0, 0, 0]
+        moved[0] += available
+        moved[1] += sold
+        moved[2] += total
 
     @property
     def has_moved(self) -> bool:
@@ -101,52 +107,73 @@ class LockedDrop:
         """Append the whole drop, as it will be once ``save`` has written everything."""
         self.record(event_type, {"drop": None})
 
-    def save(self, now: datetime) -> None:
-        """Write the moved stock, the sequence and the events: two statements."""
-        if not self._moves and not self._events:
-            return
-        self._write_stock()
-        for event in self._events:
-            if "drop" in event.data:
-                event.data["drop"] = drop_payload(self.drop, now) | {"seq": event.seq}
-        append_events(self.drop.pk, self._events, now)
+    def show_purchasers(self, feed: list[dict]) -> None:
+        """Keep the activity feed on the drop's row, where every reader of the drop finds it."""
+        self.drop.latest_purchasers = self._feed = feed
 
-    def _write_stock(self) -> None:
-        # Relative, so that the check constraints would stop a move made without the lock.
-        with connection.cursor() as cursor:
-            cursor.execute(
-                """
-                WITH moved AS (
-                    SELECT * FROM unnest(%s::uuid[], %s::int[], %s::int[], %s::int[])
-                        AS m(id, available, sold, total)
-                ), variants AS (
-                    UPDATE drops_variant v
-                    SET available_stock = v.available_stock + m.available,
-                        sold_stock = v.sold_stock + m.sold,
-                        total_stock = v.total_stock + m.total
-                    FROM moved m
-                    WHERE v.id = m.id
-                ), stock AS (
-                    SELECT coalesce(sum(available), 0)::int AS available,
-                           coalesce(sum(sold), 0)::int AS sold,
-                           coalesce(sum(total), 0)::int AS total
-                    FROM moved
-                )
-                UPDATE drops_drop d
-                SET available_stock = d.available_stock + s.available,
-                    sold_stock = d.sold_stock + s.sold,
-                    total_stock = d.total_stock + s.total,
-                    seq = d.seq + %s
-                FROM stock s
-                WHERE d.id = %s
-                """,
-                [
-                    list(self._moves),
-                    *([moved[index] for moved in self._moves.values()] for index in range(3)),
-                    len(self._events),
-                    self.drop.pk,
-                ],
+    def save(self, now: datetime) -> None:
+        """Write the moved stock, the feed, the sequence and the events: two statements."""
+        save_drops([self], now)
+
+
+def save_drops(locked_drops: Iterable[LockedDrop], now: datetime) -> None:
+    """Write what has changed of several drops, in two statements for all of them."""
+    changed = [locked for locked in locked_drops if locked._moves or locked._events]
+    if not changed:
+        return
+    _write_stock(changed)
+    for locked in changed:
+        for event in locked._events:
+            if "drop" in event.data:
+                event.data["drop"] = drop_payload(locked.drop, now) | {"seq": event.seq}
+    append_events({locked.drop.pk: locked._events for locked in changed}, now)
+
+
+def _write_stock(changed: Sequence[LockedDrop]) -> None:
+    moves = [
+        (variant_id, *moved) for locked in changed for variant_id, moved in locked._moves.items()
+    ]
+    totals = [
+        (
+            locked.drop.pk,
+            *(sum(moved[index] for moved in locked._moves.values()) for index in range(3)),
+            len(locked._events),
+            None if locked._feed is None else json.dumps(locked._feed),
+        )
+        for locked in changed
+    ]
+    # Relative, so that the check constraints would stop a move made without the lock.
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            WITH moved AS (
+                SELECT * FROM unnest(%b::uuid[], %b::int[], %b::int[], %b::int[])
+                    AS m(id, available, sold, total)
+            ), variants AS (
+                UPDATE drops_variant v
+                SET available_stock = v.available_stock + m.available,
+                    sold_stock = v.sold_stock + m.sold,
+                    total_stock = v.total_stock + m.total
+                FROM moved m
+                WHERE v.id = m.id
             )
+            UPDATE drops_drop d
+            SET available_stock = d.available_stock + c.available,
+                sold_stock = d.sold_stock + c.sold,
+                total_stock = d.total_stock + c.total,
+                seq = d.seq + c.events,
+                latest_purchasers = coalesce(c.feed::jsonb, d.latest_purchasers)
+            FROM unnest(%b::uuid[], %b::int[], %b::int[], %b::int[], %b::int[], %s::text[])
+                AS c(id, available, sold, total, events, feed)
+            WHERE d.id = c.id
+            """,
+            [*columns(moves, 4), *columns(totals, 6)],
+        )
+
+
+def columns(rows: Sequence[tuple], width: int) -> list[list]:
+    """Return ``rows`` as one list per column, which is how a statement takes them."""
+    return [[row[index] for row in rows] for index in range(width)]
 
 
 def lock_drop(drop_id: uuid.UUID) -> LockedDrop:
@@ -157,22 +184,41 @@ def lock_drop(drop_id: uuid.UUID) -> LockedDrop:
     Raises:
         Drop.DoesNotExist: no such drop.
     """
+    locked = lock_drops([drop_id])
+    if not locked:
+        raise Drop.DoesNotExist
+    return locked[drop_id]
+
+
+def lock_drops(
+    drop_ids: Iterable[uuid.UUID], *, may_wait: bool = True
+) -> dict[uuid.UUID, LockedDrop]:
+    """Lock several drops with their variants, in the order of their ids.
+
+    Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
+    else keeps locked.
+    """
     with connection.cursor() as cursor:
         # One statement locks both, in the order of the OF clause, and after a wait re-reads
         # both, so the counters are those of the last commit. NO KEY, because a plain FOR
         # UPDATE would also block each insert that refers to these rows.
-        cursor.execute(LOCK_DROP, [drop_id])
+        cursor.execute(LOCK_DROPS + ("" if may_wait else "SKIP LOCKED"), [list(drop_ids)])
         rows = cursor.fetchall()
-    if not rows:
-        raise Drop.DoesNotExist
     width = len(DROP_COLUMNS)
-    drop = Drop.from_db("default", DROP_COLUMNS, rows[0][:width])
-    # JSON arrives as text, because this is not a query of the ORM.
-    drop.latest_purchasers = json.loads(drop.latest_purchasers)
-    variants = [Variant.from_db("default", VARIANT_COLUMNS, row[width:]) for row in rows]
-    for variant in variants:
-        variant.drop = drop
-    return LockedDrop(drop, {variant.pk: variant for variant in variants})
+    locked: dict[uuid.UUID, LockedDrop] = {}
+    counts: dict[uuid.UUID, int] = {}
+    for *row, count in rows:
+        variant = Variant.from_db("default", VARIANT_COLUMNS, row[width:])
+        if variant.drop_id not in locked:
+            drop = Drop.from_db("default", DROP_COLUMNS, row[:width])
+            # JSON arrives as text, because this is not a query of the ORM.
+            drop.latest_purchasers = json.loads(drop.latest_purchasers)
+            locked[drop.pk] = LockedDrop(drop, {})
+            counts[drop.pk] = count
+        variant.drop = locked[variant.drop_id].drop
+        locked[variant.drop_id].variants[variant.pk] = variant
+    # Whoever has locked a single variant keeps the whole drop.
+    return {pk: drop for pk, drop in locked.items() if len(drop.variants) == counts[pk]}
 
 
 @transaction.atomic

@@ -2,7 +2,6 @@
 
 import re
 import uuid
-from collections.abc import Sequence
 
 import orjson
 from rest_framework.exceptions import APIException
@@ -21,7 +20,7 @@ from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
 from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
 from purchases.models import Purchase
-from purchases.services import purchase_many
+from purchases.services import purchase_on_drops
 from users.idempotency import Answer
 
 
@@ -48,9 +47,9 @@ class PurchaseEndpoint:
 
 
 def settle_purchases(
-    drop_id: uuid.UUID, requests: Sequence[HotClaim]
-) -> list[Answer | APIException]:
-    return settle_claims(drop_id, requests, purchase_many, encode)
+    batch: dict[uuid.UUID, list[HotClaim]], *, may_wait: bool
+) -> dict[uuid.UUID, list[Answer | APIException]]:
+    return settle_claims(batch, purchase_on_drops, encode, may_wait=may_wait)
 
 
 def encode(purchase: Purchase) -> Answer:

@@ -1,7 +1,7 @@
 """Purchase what one holds: only active reservations, only in time, each once."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from datetime import timedelta
 from typing import Any
@@ -12,7 +12,7 @@ from rest_framework.exceptions import APIException
 from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop
-from drops.services import LockedDrop, lock_drop
+from drops.services import LockedDrop, lock_drops, save_drops
 from purchases.models import Purchase, PurchaseStatus
 from realtime.models import EventType
 from reservations.exceptions import (
@@ -21,12 +21,12 @@ from reservations.exceptions import (
     ReservationRequired,
 )
 from reservations.models import Reservation, ReservationStatus
-from reservations.services import COLUMNS as RESERVATION_COLUMNS
 from reservations.services import raise_refusal
 from users.exceptions import UnknownUser
 from users.identity import public_id
 from users.models import User
 
+RESERVATION_COLUMNS = [field.attname for field in Reservation._meta.concrete_fields]
 COLUMNS = [field.attname for field in Purchase._meta.concrete_fields]
 FEED_LENGTH = 3
 
@@ -56,14 +56,52 @@ def purchase_many(
     Raises:
         Drop.DoesNotExist: no such drop.
     """
-    locked = lock_drop(drop_id)
-    latest = latest_reservations(locked.drop, user_ids)
-    availability_before = locked.drop.availability
+    outcomes = purchase_on_drops({drop_id: user_ids})
+    if drop_id not in outcomes:
+        raise Drop.DoesNotExist
+    return outcomes[drop_id]
+
+
+@transaction.atomic
+def purchase_on_drops(
+    user_ids: Mapping[uuid.UUID, Sequence[uuid.UUID]], *, may_wait: bool = True
+) -> dict[uuid.UUID, list[Purchase | APIException]]:
+    """Sell what users hold of several drops, of each drop as ``purchase_many`` does.
+
+    Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
+    else keeps locked: nobody waits there for a drop they don't want.
+    """
+    locked_drops = lock_drops(user_ids, may_wait=may_wait)
+    latest = latest_reservations((pk, user_id) for pk in locked_drops for user_id in user_ids[pk])
+    outcomes = {}
+    bought: list[Purchase] = []
+    for pk, locked in locked_drops.items():
+        availability_before = locked.drop.availability
+        outcomes[pk], new = _sell_to(locked, user_ids[pk], latest)
+        if new:
+            bought += new
+            newest_first = list(reversed(new[-FEED_LENGTH:]))
+            set_feed(locked, [feed_entry(p) for p in newest_first] + locked.drop.latest_purchasers)
+            if locked.drop.availability != availability_before:
+                # The last held unit was sold: what was "may come back" is now "sold out".
+                locked.record_stock()
+    if bought:
+        store(bought)
+        save_drops(locked_drops.values(), bought[0].created_at)
+    return outcomes
+
+
+def _sell_to(
+    locked: LockedDrop,
+    user_ids: Sequence[uuid.UUID],
+    latest: Mapping[tuple[uuid.UUID, uuid.UUID], Reservation | None],
+) -> tuple[list[Purchase | APIException], list[Purchase]]:
+    """Return one outcome per user, and the new purchases among them; nothing is stored yet."""
     bought: dict[uuid.UUID, Purchase] = {}
     outcomes: list[Purchase | APIException] = []
     for user_id in user_ids:
-        reservation = latest.get(user_id)
-        if user_id not in latest:
+        reservation = latest.get((locked.drop.pk, user_id))
+        if (locked.drop.pk, user_id) not in latest:
             outcomes.append(UnknownUser())
         elif reservation is None:
             outcomes.append(ReservationRequired())
@@ -76,51 +114,54 @@ def purchase_many(
         else:
             bought[user_id] = sell(locked, reservation, number=len(bought))
             outcomes.append(bought[user_id])
-    if bought:
-        store(locked, list(bought.values()))
-        if locked.drop.availability != availability_before:
-            # The last held unit was sold: what was "may come back" is now "sold out".
-            locked.record_stock()
-        locked.save(next(iter(bought.values())).created_at)
-    return outcomes
+    return outcomes, list(bought.values())
 
 
 def latest_reservations(
-    drop: Drop, user_ids: Sequence[uuid.UUID]
-) -> dict[uuid.UUID, Reservation | None]:
-    """Return each user's active reservation of the drop, or else the newest one, if any.
+    asked: Iterable[tuple[uuid.UUID, uuid.UUID]],
+) -> dict[tuple[uuid.UUID, uuid.UUID], Reservation | None]:
+    """Return, by drop and user, the active reservation, or else the newest one, if any.
 
     Unknown and inactive users are left out. All rows have the same ``read_at``.
     """
+    pairs = list(set(asked))
     columns = ", ".join(f"mine.{column}" for column in RESERVATION_COLUMNS)
     with connection.cursor() as cursor:
-        # LIMIT 1 within the lateral join keeps the look-up per user in the index; see
-        # reservations.services.read_shares.
+        # The first row is the clock, as in reservations.services.read_shares; LIMIT 1 within
+        # the lateral join keeps the look-up per user in the index.
         cursor.execute(
             f"""
-            SELECT clock_timestamp(), buyer.id, buyer.username, {columns}
-            FROM users_user AS buyer
+            SELECT NULL, clock_timestamp(), NULL, {", ".join(["NULL"] * len(RESERVATION_COLUMNS))}
+            UNION ALL
+            SELECT asked.number, NULL, buyer.username, {columns}
+            FROM unnest(%b::uuid[], %b::uuid[])
+                WITH ORDINALITY AS asked(drop_id, user_id, number)
+            JOIN users_user AS buyer ON buyer.id = asked.user_id AND buyer.is_active
             LEFT JOIN LATERAL (
                 SELECT *
                 FROM reservations_reservation
-                WHERE user_id = buyer.id AND drop_id = %s
+                WHERE user_id = asked.user_id AND drop_id = asked.drop_id
                 ORDER BY status <> %s, created_at DESC
                 LIMIT 1
             ) AS mine ON true
-            WHERE buyer.id = ANY(%b::uuid[]) AND buyer.is_active
             """,  # noqa: S608 - the columns are the model's own
-            [drop.pk, ReservationStatus.ACTIVE, list(set(user_ids))],
+            [
+                [drop_id for drop_id, _ in pairs],
+                [user_id for _, user_id in pairs],
+                ReservationStatus.ACTIVE,
+            ],
         )
+        now = cursor.fetchone()[1]
         rows = cursor.fetchall()
-    latest: dict[uuid.UUID, Reservation | None] = {}
-    for _, user_id, username, *values in rows:
-        latest[user_id] = None
+    latest: dict[tuple[uuid.UUID, uuid.UUID], Reservation | None] = {}
+    for number, _, username, *values in rows:
+        drop_id, user_id = pairs[number - 1]
+        latest[drop_id, user_id] = None
         if values[0] is not None:
             reservation = Reservation.from_db("default", RESERVATION_COLUMNS, values)
             reservation.user = User(pk=user_id, username=username)
-            # One moment for all: the rows' own would follow the order of their reading.
-            reservation.read_at = rows[-1][0]
-            latest[user_id] = reservation
+            reservation.read_at = now
+            latest[drop_id, user_id] = reservation
     return latest
 
 
@@ -167,8 +208,8 @@ def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purcha
     return purchase
 
 
-def store(locked: LockedDrop, purchases: list[Purchase]) -> None:
-    """Write the purchases of one drop, and that their reservations are consumed."""
+def store(purchases: Sequence[Purchase]) -> None:
+    """Write the purchases, and that their reservations are consumed."""
     with connection.cursor() as cursor:
         cursor.execute(
             """
@@ -179,17 +220,17 @@ def store(locked: LockedDrop, purchases: list[Purchase]) -> None:
         cursor.execute(
             """
             INSERT INTO purchases_purchase
-                (drop_id, status, id, reservation_id, variant_id, user_id, quantity,
+                (status, id, reservation_id, drop_id, variant_id, user_id, quantity,
                  amount, currency, created_at)
-            SELECT %s, %s, bought.*
-            FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::uuid[], %b::int[],
+            SELECT %s, bought.*
+            FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::uuid[], %b::uuid[], %b::int[],
                         %s::numeric[], %s::text[], %s::timestamptz[]) AS bought
             """,
             [
-                locked.drop.pk,
                 PurchaseStatus.PAID,
                 [purchase.pk for purchase in purchases],
                 [purchase.reservation_id for purchase in purchases],
+                [purchase.drop_id for purchase in purchases],
                 [purchase.variant_id for purchase in purchases],
                 [purchase.user_id for purchase in purchases],
                 [purchase.quantity for purchase in purchases],
@@ -198,19 +239,15 @@ def store(locked: LockedDrop, purchases: list[Purchase]) -> None:
                 [purchase.created_at for purchase in purchases],
             ],
         )
-    newest_first = list(reversed(purchases[-FEED_LENGTH:]))
-    set_feed(locked, [feed_entry(p) for p in newest_first] + locked.drop.latest_purchasers)
 
 
 def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
-    """Keep the newest entries on the drop's row, where every reader of the drop finds them."""
-    drop = locked.drop
-    drop.latest_purchasers = entries[:FEED_LENGTH]
-    drop.save(update_fields=["latest_purchasers"])
+    """Show the newest of ``entries`` in the drop's activity feed."""
+    locked.show_purchasers(entries[:FEED_LENGTH])
     locked.record(
         EventType.ACTIVITY_UPDATED,
         {
-            "dropId": str(drop.pk),
+            "dropId": str(locked.drop.pk),
             "latestPurchasers": [
                 {
                     "userId": public_id(entry["user_id"]),
@@ -218,7 +255,7 @@ def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
                     "qty": entry["qty"],
                     "createdAt": entry["created_at"],
                 }
-                for entry in drop.latest_purchasers
+                for entry in locked.drop.latest_purchasers
             ],
         },
     )

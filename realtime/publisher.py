@@ -7,12 +7,13 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from channels.layers import get_channel_layer
 
 if TYPE_CHECKING:
-    from realtime.models import Event
+    from realtime.services import NewEvent
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ SEND_TIMEOUT_SECONDS = 5
 FLUSH_TIMEOUT_SECONDS = 1
 
 
-def publish(drop_id: uuid.UUID, events: list["Event"]) -> None:
+def publish(drop_id: uuid.UUID, events: Sequence["NewEvent"], at: datetime) -> None:
     """Queue the news about a drop for all processes; returns at once and never fails.
 
     Call it after the commit. What gets lost here (Redis is away, the process dies) the
@@ -38,8 +39,7 @@ def publish(drop_id: uuid.UUID, events: list["Event"]) -> None:
             "drop_id": str(drop_id),
             "seq": events[-1].seq,
             "events": [
-                {"seq": e.seq, "type": e.type, "ts": e.created_at.timestamp(), "data": e.data}
-                for e in events
+                {"seq": e.seq, "type": e.type, "ts": at.timestamp(), "data": e.data} for e in events
             ]
             if len(events) <= MAX_EVENTS_PER_MESSAGE
             else [],

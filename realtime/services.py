@@ -1,6 +1,7 @@
 """The event log: appended inside the transaction, published after its commit."""
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import orjson
 from django.db import connection, transaction
 
-from realtime.models import Event, EventType
+from realtime.models import EventType
 from realtime.publisher import publish
 
 
@@ -22,28 +23,27 @@ class NewEvent:
     data: dict[str, Any]
 
 
-def append_events(drop_id: uuid.UUID, events: list[NewEvent], now: datetime) -> None:
-    """Store ``events`` of a drop whose row the caller has locked; publish them on commit."""
-    if not events:
-        return
+def append_events(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime) -> None:
+    """Store the events of drops whose rows the caller has locked; publish them on commit."""
     rows = [
-        Event(drop_id=drop_id, seq=event.seq, type=event.type, data=event.data, created_at=now)
-        for event in events
+        {"drop_id": drop_id, "seq": event.seq, "type": event.type, "data": event.data}
+        for drop_id, its_events in events.items()
+        for event in its_events
     ]
+    if not rows:
+        return
     with connection.cursor() as cursor:
-        # A plain statement, because the ORM takes longer to compose one than to run it.
+        # A plain statement, because the ORM takes longer to compose one than to run it; one
+        # parameter, because an array of JSON texts is escaped twice.
         cursor.execute(
             """
-            INSERT INTO realtime_event (drop_id, created_at, seq, type, data)
-            SELECT %s, %s, event.*
-            FROM unnest(%b::bigint[], %s::text[], %s::jsonb[]) AS event
+            INSERT INTO realtime_event (created_at, drop_id, seq, type, data)
+            SELECT %s, event.*
+            FROM jsonb_to_recordset(%s::jsonb)
+                AS event(drop_id uuid, seq bigint, type text, data jsonb)
             """,
-            [
-                drop_id,
-                now,
-                [row.seq for row in rows],
-                [row.type for row in rows],
-                [orjson.dumps(row.data, default=str).decode() for row in rows],
-            ],
+            [now, orjson.dumps(rows, default=str).decode()],
         )
-    transaction.on_commit(partial(publish, drop_id, rows))
+    for drop_id, its_events in events.items():
+        if its_events:
+            transaction.on_commit(partial(publish, drop_id, its_events, now))

@@ -2,7 +2,6 @@
 
 import re
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -24,7 +23,7 @@ from drops.group_commit import GroupCommit
 from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
 from reservations.memory import ShortageMemory
 from reservations.models import Reservation, ReservationStatus
-from reservations.services import Claim, reserve_many
+from reservations.services import Claim, reserve_on_drops
 from users.idempotency import Answer
 from users.identity import Identity
 
@@ -79,9 +78,9 @@ def read_claim(request: HotRequest, identity: Identity) -> Claim:
 
 
 def settle_reserves(
-    drop_id: uuid.UUID, requests: Sequence[HotClaim]
-) -> list[Answer | APIException]:
-    return settle_claims(drop_id, requests, reserve_many, encode)
+    batch: dict[uuid.UUID, list[HotClaim]], *, may_wait: bool
+) -> dict[uuid.UUID, list[Answer | APIException]]:
+    return settle_claims(batch, reserve_on_drops, encode, may_wait=may_wait)
 
 
 def encode(reservation: Reservation) -> Answer:

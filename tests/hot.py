@@ -7,7 +7,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from django.test import override_settings
 
 from config.asgi import http_application
 from config.body_limit import Application
-from drops.group_commit import MAX_DROPS_AT_ONCE
+from drops.group_commit import GroupCommit
 from realtime import publisher
 from realtime.hub import get_hub
 
@@ -139,7 +138,7 @@ def hot_lane(*, hears_others: bool = False) -> Iterator[Lane]:
         yield Lane(application)
     finally:
         publisher._followers[:] = followers
-        give_connections_back(group._executor)
+        give_connections_back(group)
 
 
 @contextmanager
@@ -149,17 +148,19 @@ def viewset_lane() -> Iterator[Lane]:
         yield Lane(http_application())
 
 
-def give_connections_back(executor: Executor) -> None:
+def give_connections_back(group: GroupCommit) -> None:
     """Close the database connection of each of a group commit's threads, and end them."""
-    everybody_is_here = threading.Barrier(MAX_DROPS_AT_ONCE)
+    for executor in group.executors:
+        threads = executor._max_workers
+        everybody_is_here = threading.Barrier(threads)
 
-    def close() -> None:
-        everybody_is_here.wait(10)
-        connection.close()
+        def close(here: threading.Barrier = everybody_is_here) -> None:
+            here.wait(10)
+            connection.close()
 
-    for closed in [executor.submit(close) for _ in range(MAX_DROPS_AT_ONCE)]:
-        closed.result(10)
-    executor.shutdown()
+        for closed in [executor.submit(close) for _ in range(threads)]:
+            closed.result(10)
+        executor.shutdown()
 
 
 async def hub_hears_others() -> None:

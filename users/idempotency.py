@@ -29,6 +29,7 @@ from users.exceptions import (
 from users.models import IdempotencyKey
 
 ROUTE_LENGTH = 200
+SHORT_WAIT_MS = 10
 PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]{1,255}")
 
 
@@ -110,21 +111,27 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
 
 
 def answer_once(
-    keys: Sequence[Key | None], settle: Callable[[list[int]], list[Answer | APIException]]
+    keys: Sequence[Key | None],
+    settle: Callable[[list[int]], list[Answer | APIException]],
+    *,
+    may_wait: bool = True,
 ) -> list[Answer | APIException]:
     """Settle several requests in one transaction, each at most once for its key.
 
     Args:
         keys: one per request, None for a request without; no key twice.
         settle: answers the requests with these indexes, in this order.
+        may_wait: for a request with one of the keys that is still in flight.
     Returns:
         One answer or refusal per request.
+    Raises:
+        IdempotencyInProgress: such a request did not end in time.
     """
     keyed = {index: key for index, key in enumerate(keys) if key is not None}
     if not keyed:
         # The transaction of ``settle`` itself will do, without a savepoint in another one.
         return settle(list(range(len(keys))))
-    return _answer_keyed(keyed, len(keys), settle)
+    return _answer_keyed(keyed, len(keys), settle, may_wait)
 
 
 @transaction.atomic
@@ -132,7 +139,11 @@ def _answer_keyed(
     keyed: dict[int, Key],
     count: int,
     settle: Callable[[list[int]], list[Answer | APIException]],
+    may_wait: bool,
 ) -> list[Answer | APIException]:
+    if not may_wait:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = {SHORT_WAIT_MS}")
     found = zip(keyed, claim_keys(list(keyed.values())), strict=True)
     answers: dict[int, Answer | APIException] = {
         index: answer for index, answer in found if answer is not None

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,14 @@ from django.db import IntegrityError, OperationalError, connection, transaction
 
 from config.problems import Busy
 from drops import group_commit
-from drops.group_commit import MAX_BATCH, MAX_DROPS_AT_ONCE, GroupCommit
+from drops.group_commit import MAX_BATCH, MAX_DROPS_APART, GroupCommit, Settle
+from drops.models import Drop
+from drops.services import lock_drop
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from reservations.exceptions import FullyReserved
 from reservations.models import Reservation
-from reservations.services import Claim, reserve_many
+from reservations.services import Claim, reserve_on_drops
 from tests.hot import give_connections_back
 from users.models import User
 from users.tests.factories import UserFactory
@@ -31,14 +34,19 @@ DROP, ANOTHER_DROP = uuid.uuid4(), uuid.uuid4()
 def group() -> Iterator[GroupCommit]:
     group = GroupCommit()
     yield group
-    group._executor.shutdown()
+    for executor in group.executors:
+        executor.shutdown()
 
 
-class Settle:
-    """Answers every request with itself and an exclamation mark, once its batch may leave."""
+class Answering:
+    """Answers every request with itself and an exclamation mark, once its batch may leave.
 
-    def __init__(self, *, is_open: bool = True) -> None:
+    Drops in ``locked`` are left out of a batch that may not wait.
+    """
+
+    def __init__(self, *, is_open: bool = True, locked: Collection[uuid.UUID] = ()) -> None:
         self.batches: list[list[Any]] = []
+        self.locked = locked
         self.most_at_once = 0
         self._permits = threading.Semaphore(0)
         self._entered = threading.Semaphore(0)
@@ -47,16 +55,22 @@ class Settle:
         if is_open:
             self.open()
 
-    def __call__(self, drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
+    def __call__(
+        self, batch: dict[uuid.UUID, list[Any]], *, may_wait: bool
+    ) -> dict[uuid.UUID, list[Any]]:
+        if not may_wait:
+            batch = {pk: requests for pk, requests in batch.items() if pk not in self.locked}
+            if not batch:
+                return {}
         with self._lock:
-            self.batches.append(list(requests))
+            self.batches.append([request for requests in batch.values() for request in requests])
             self._inside += 1
             self.most_at_once = max(self.most_at_once, self._inside)
         self._entered.release()
         assert self._permits.acquire(timeout=10)
         with self._lock:
             self._inside -= 1
-        return [f"{request}!" for request in requests]
+        return {pk: [f"{request}!" for request in requests] for pk, requests in batch.items()}
 
     def let_go(self, batches: int = 1) -> None:
         self._permits.release(batches)
@@ -90,7 +104,7 @@ async def submit_all(
 
 
 def test_what_arrives_meanwhile_goes_out_together_in_order_and_at_most_256_at_once(group):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
     answered: list[str] = []
 
     async def scene():
@@ -112,38 +126,61 @@ def test_what_arrives_meanwhile_goes_out_together_in_order_and_at_most_256_at_on
     assert settle.most_at_once == 1
 
 
-def test_different_drops_are_settled_at_the_same_time(group):
-    settle = Settle(is_open=False)
+def test_different_drops_go_out_together(group):
+    settle = Answering(is_open=False)
 
     async def scene():
-        one = await submit_all(group, settle, ["one"], DROP)
-        other = await submit_all(group, settle, ["other"], ANOTHER_DROP)
+        tasks = await submit_all(group, settle, ["first"], DROP)
         await settle.is_entered()
-        await settle.is_entered()
-        settle.open()
-        return await asyncio.gather(*one, *other)
-
-    assert play(scene) == ["one!", "other!"]
-    assert settle.most_at_once == 2
-
-
-def test_many_drops_take_no_more_connections_than_there_are_for_them(group):
-    settle = Settle(is_open=False)
-    drops = [uuid.uuid4() for _ in range(3 * MAX_DROPS_AT_ONCE)]
-
-    async def scene():
-        tasks = [task for drop in drops for task in await submit_all(group, settle, [drop], drop)]
-        for _ in range(MAX_DROPS_AT_ONCE):
-            await settle.is_entered()
+        tasks += await submit_all(group, settle, ["one", "two"], DROP)
+        tasks += await submit_all(group, settle, ["other"], ANOTHER_DROP)
+        tasks += await submit_all(group, settle, ["three"], DROP)
         settle.open()
         return await asyncio.gather(*tasks)
 
-    assert play(scene) == [f"{drop}!" for drop in drops]
-    assert settle.most_at_once == MAX_DROPS_AT_ONCE
+    assert play(scene) == ["first!", "one!", "two!", "other!", "three!"]
+    assert settle.batches == [["first"], ["one", "two", "three", "other"]]
+    assert settle.most_at_once == 1
+
+
+def test_nobody_waits_for_the_lock_of_another_drop(group):
+    settle = Answering(is_open=False, locked={DROP})
+
+    async def scene():
+        waits = await submit_all(group, settle, ["a", "b"], DROP)
+        goes = await submit_all(group, settle, ["c"], ANOTHER_DROP)
+        await settle.is_entered()
+        await settle.is_entered()
+        # One waits for the lock on its own, the other is being settled, at the same time.
+        waits += await submit_all(group, settle, ["d"], DROP)
+        goes += await submit_all(group, settle, ["e"], ANOTHER_DROP)
+        settle.open()
+        return await asyncio.gather(*waits, *goes)
+
+    assert play(scene) == ["a!", "b!", "d!", "c!", "e!"]
+    assert sorted(settle.batches) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert settle.most_at_once == 2
+
+
+def test_locked_drops_take_no_more_connections_than_there_are_for_them(group):
+    drops = [uuid.uuid4() for _ in range(3 * MAX_DROPS_APART)]
+    settle = Answering(is_open=False, locked=set(drops))
+
+    async def scene():
+        tasks = [task for drop in drops for task in await submit_all(group, settle, [drop], drop)]
+        for _ in range(MAX_DROPS_APART):
+            await settle.is_entered()
+        tasks += await submit_all(group, settle, ["free"], ANOTHER_DROP)
+        await settle.is_entered()
+        settle.open()
+        return await asyncio.gather(*tasks)
+
+    assert play(scene) == [*(f"{drop}!" for drop in drops), "free!"]
+    assert settle.most_at_once == MAX_DROPS_APART + 1
 
 
 def test_nobody_waits_for_a_timer(group, monkeypatch):
-    settle = Settle()
+    settle = Answering()
 
     async def scene():
         def no_timer(*args: Any, **kwargs: Any) -> None:
@@ -159,12 +196,12 @@ def test_nobody_waits_for_a_timer(group, monkeypatch):
 
 
 def test_reserves_and_purchases_of_a_drop_never_mix_nor_overlap(group):
-    reserves, purchases = Settle(is_open=False), Settle()
+    reserves, purchases = Answering(is_open=False), Answering()
     inside_together = []
 
-    def purchase(drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
+    def purchase(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
         inside_together.append(reserves._inside)
-        return purchases(drop_id, requests)
+        return purchases(batch, may_wait=may_wait)
 
     async def scene():
         tasks = await submit_all(group, reserves, ["r0"])
@@ -182,7 +219,7 @@ def test_reserves_and_purchases_of_a_drop_never_mix_nor_overlap(group):
 
 
 def test_one_idempotency_key_never_stands_twice_in_a_batch(group):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
     keys = {"a1": "A", "b1": "B", "a2": "A", "none1": None, "a3": "A", "b2": "B", "none2": None}
 
     async def scene():
@@ -202,9 +239,9 @@ def test_one_idempotency_key_never_stands_twice_in_a_batch(group):
 
 def test_a_drop_that_nobody_asks_for_is_forgotten(group):
     async def scene():
-        await asyncio.gather(*await submit_all(group, Settle(), range(3)))
+        await asyncio.gather(*await submit_all(group, Answering(locked={DROP}), range(3)))
         await asyncio.sleep(0)
-        return dict(group._lanes)
+        return dict(group._apart)
 
     assert play(scene) == {}
 
@@ -213,7 +250,7 @@ def test_a_drop_that_nobody_asks_for_is_forgotten(group):
 
 
 def test_who_leaves_the_queue_is_not_settled(group):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
 
     async def scene():
         first = await submit_all(group, settle, ["first"])
@@ -228,7 +265,7 @@ def test_who_leaves_the_queue_is_not_settled(group):
 
 
 def test_who_leaves_a_batch_in_flight_disturbs_nobody(group, caplog):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
 
     async def scene():
         (leaves,) = await submit_all(group, settle, ["leaves"])
@@ -244,7 +281,7 @@ def test_who_leaves_a_batch_in_flight_disturbs_nobody(group, caplog):
 
 
 def test_a_queue_that_everybody_left_ends(group):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
 
     async def scene():
         first = await submit_all(group, settle, ["first"])
@@ -254,10 +291,10 @@ def test_a_queue_that_everybody_left_ends(group):
         settle.open()
         await asyncio.gather(*first)
         await asyncio.sleep(0)
-        left = dict(group._lanes)
+        left = list(group._together.queue)
         return left, await group.submit(DROP, settle, "later")
 
-    assert play(scene) == ({}, "later!")
+    assert play(scene) == ([], "later!")
     assert settle.batches == [["first"], ["later"]]
 
 
@@ -271,9 +308,9 @@ class Poison(Exception):
 def fails_for(poisoned: set[Any], settle: Any) -> Any:
     """Return a ``settle`` that breaks for every batch with one of these in it."""
 
-    def settle_or_fail(drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
-        answers = settle(drop_id, requests)
-        if not poisoned.isdisjoint(requests):
+    def settle_or_fail(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+        answers = settle(batch, may_wait=may_wait)
+        if any(not poisoned.isdisjoint(requests) for requests in batch.values()):
             raise Poison
         return answers
 
@@ -283,16 +320,18 @@ def fails_for(poisoned: set[Any], settle: Any) -> Any:
 @pytest.mark.parametrize("poisoned", [{0}, {99}, {41}, {7, 8}, set(range(0, 100, 10))])
 def test_a_poisoned_request_fails_alone(group, poisoned, caplog):
     caplog.set_level(logging.CRITICAL, "drops.group_commit")
-    blocked, settle = Settle(is_open=False), Settle()
+    blocked, settle = Answering(is_open=False), Answering()
     broken = fails_for(poisoned, settle)
 
-    def settle_later(drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
-        return (blocked if requests == ["first"] else broken)(drop_id, requests)
+    def settle_later(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+        settle = blocked if batch == {DROP: ["first"]} else broken
+        return settle(batch, may_wait=may_wait)
 
     async def scene():
         first = await submit_all(group, settle_later, ["first"])
         await blocked.is_entered()
         tasks = await submit_all(group, settle_later, range(100))
+        tasks += await submit_all(group, settle_later, ["of another drop"], ANOTHER_DROP)
         blocked.open()
         await asyncio.gather(*first)
         answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -301,21 +340,25 @@ def test_a_poisoned_request_fails_alone(group, poisoned, caplog):
     answers, afterwards = play(scene)
 
     assert {n for n, answer in enumerate(answers) if isinstance(answer, Poison)} == poisoned
+    assert answers.pop() == "of another drop!"
     assert [answer for answer in answers if not isinstance(answer, Poison)] == [
         f"{request}!" for request in range(100) if request not in poisoned
     ]
-    assert settle.batches[0] == list(range(100))
+    assert settle.batches[0] == [*range(100), "of another drop"]
     assert afterwards == "afterwards!"
 
 
 def test_settling_that_answers_too_few_fails_instead_of_hanging(group, caplog):
     caplog.set_level(logging.CRITICAL, "drops.group_commit")
 
+    def too_few(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+        return {pk: ["only one"] for pk in batch}
+
     async def scene():
-        tasks = await submit_all(group, lambda drop_id, requests: ["only one"], range(2))
-        tasks += await submit_all(group, Settle(), ["in the queue"])
+        tasks = await submit_all(group, too_few, range(2))
+        tasks += await submit_all(group, Answering(), ["in the queue"])
         answers = await asyncio.gather(*tasks, return_exceptions=True)
-        return answers, await group.submit(DROP, Settle(), "afterwards")
+        return answers, await group.submit(DROP, Answering(), "afterwards")
 
     answers, afterwards = play(scene)
 
@@ -335,7 +378,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def test_a_queue_of_more_than_two_seconds_is_refused(group, clock):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
 
     async def scene():
         slow = await submit_all(group, settle, ["slow"])
@@ -359,7 +402,7 @@ def test_a_queue_of_more_than_two_seconds_is_refused(group, clock):
 
 
 def test_who_comes_to_a_batch_that_is_stuck_is_refused_at_once(group, clock):
-    settle = Settle(is_open=False)
+    settle = Answering(is_open=False)
 
     async def scene():
         tasks = await submit_all(group, settle, ["stuck"])
@@ -385,17 +428,18 @@ def test_who_comes_to_a_batch_that_is_stuck_is_refused_at_once(group, clock):
 def group_on_database(transactional_db) -> Iterator[GroupCommit]:
     group = GroupCommit()
     yield group
-    give_connections_back(group._executor)
+    give_connections_back(group)
 
 
 def in_one_batch(
-    group: GroupCommit, drop_id: uuid.UUID, settle: Any, requests: Sequence[Any]
+    group: GroupCommit, drop_id: uuid.UUID, settle: Settle, requests: Sequence[Any]
 ) -> list[Any]:
     """Submit the requests while another batch is in flight; return answers and exceptions."""
-    blocked = Settle(is_open=False)
+    blocked = Answering(is_open=False)
 
-    def settle_after_first(drop_id: uuid.UUID, requests: Sequence[Any]) -> list[Any]:
-        return (blocked if requests == ["first"] else settle)(drop_id, requests)
+    def settle_after_first(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+        is_first = batch == {drop_id: ["first"]}
+        return (blocked if is_first else settle)(batch, may_wait=may_wait)
 
     async def scene():
         first = await submit_all(group, settle_after_first, ["first"], drop_id)
@@ -415,7 +459,9 @@ def claims_of(users: Sequence[User]) -> list[Claim]:
 def test_the_same_user_twice_in_a_batch_is_settled_one_after_the_other(group_on_database):
     drop, user = DropFactory(total_stock=2), UserFactory()
 
-    first, second = in_one_batch(group_on_database, drop.pk, reserve_many, claims_of([user, user]))
+    first, second = in_one_batch(
+        group_on_database, drop.pk, reserve_on_drops, claims_of([user, user])
+    )
 
     assert (first.pk, first.is_new, second.pk, second.is_new) == (first.pk, True, first.pk, False)
     assert Reservation.objects.count() == 1
@@ -431,10 +477,10 @@ def test_a_claim_that_breaks_a_constraint_fails_alone_and_the_order_stays(
     poisoned = users[1].pk
 
     @transaction.atomic
-    def settle(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Any]:
-        outcomes = reserve_many(drop_id, claims)
-        if poisoned in {claim.user_id for claim in claims}:
-            Reservation.objects.filter(drop=drop_id).update(quantity=0)
+    def settle(claims: dict[uuid.UUID, list[Claim]], *, may_wait: bool) -> Any:
+        outcomes = reserve_on_drops(claims, may_wait=may_wait)
+        if poisoned in {claim.user_id for claim in claims[drop.pk]}:
+            Reservation.objects.filter(drop=drop).update(quantity=0)
         return outcomes
 
     outcomes = in_one_batch(group_on_database, drop.pk, settle, claims_of(users))
@@ -452,8 +498,8 @@ def test_a_lost_connection_fails_its_batch_and_the_next_one_works(group_on_datab
     drop, users = DropFactory(total_stock=5), UserFactory.create_batch(5)
 
     @transaction.atomic
-    def settle_without_commit(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Any]:
-        outcomes = reserve_many(drop_id, claims)
+    def settle_without_commit(claims: dict[uuid.UUID, list[Claim]], *, may_wait: bool) -> Any:
+        outcomes = reserve_on_drops(claims, may_wait=may_wait)
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
         return outcomes
@@ -463,6 +509,52 @@ def test_a_lost_connection_fails_its_batch_and_the_next_one_works(group_on_datab
     assert [type(outcome) for outcome in lost] == [OperationalError] * 5
     assert not Reservation.objects.exists()
 
-    repeated = settle(reserve_many, claims_of(users))
+    repeated = settle(reserve_on_drops, claims_of(users))
     assert [outcome.is_new for outcome in repeated] == [True] * 5
     assert audit_stock().differences == []
+
+
+def test_a_drop_that_another_transaction_has_locked_keeps_up_no_other(group_on_database):
+    locked, free = DropFactory(total_stock=1), DropFactory(total_stock=1)
+    users = UserFactory.create_batch(2)
+
+    async def scene():
+        (waits,) = await submit_all(
+            group_on_database, reserve_on_drops, [Claim(users[0].pk)], locked.pk
+        )
+        (goes,) = await submit_all(
+            group_on_database, reserve_on_drops, [Claim(users[1].pk)], free.pk
+        )
+        first = await goes
+        assert not waits.done()
+        await asyncio.to_thread(has_lock.set)
+        return first, await waits
+
+    has_lock = threading.Event()
+    with locked_elsewhere(locked, until=has_lock):
+        of_free, of_locked = play(scene)
+
+    assert (of_free.drop_id, of_locked.drop_id) == (free.pk, locked.pk)
+    assert audit_stock().differences == []
+
+
+@contextmanager
+def locked_elsewhere(drop: Drop, until: threading.Event) -> Iterator[None]:
+    """Keep the drop locked in another transaction until the event is set."""
+    is_locked = threading.Event()
+
+    def keep() -> None:
+        with transaction.atomic():
+            lock_drop(drop.pk)
+            is_locked.set()
+            until.wait(10)
+        connection.close()
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    assert is_locked.wait(10)
+    try:
+        yield
+    finally:
+        until.set()
+        thread.join(10)

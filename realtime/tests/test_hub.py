@@ -396,8 +396,8 @@ def test_a_large_message_carries_no_events(monkeypatch):
     drop = drop_with_events(publisher.MAX_EVENTS_PER_MESSAGE + 1)
     events = list(Event.objects.filter(drop_id=drop.pk).order_by("seq"))
 
-    publisher.publish(drop.pk, events[:-1])
-    publisher.publish(drop.pk, events)
+    publisher.publish(drop.pk, events[:-1], AT)
+    publisher.publish(drop.pk, events, AT)
 
     assert [message["seq"] for message in sent] == [100, 101]
     assert [len(message["events"]) for message in sent] == [100, 0]

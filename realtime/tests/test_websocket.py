@@ -362,7 +362,7 @@ def fold(drop: dict[str, Any], frame: dict[str, Any]) -> None:
 def test_events_that_were_never_published_arrive_all_the_same(web_servers, follow, monkeypatch):
     drop, users = DropFactory(), UserFactory.create_batch(3)
     listeners = [follow(web_servers[0], drop), follow(web_servers[1])]
-    monkeypatch.setattr(services, "publish", lambda drop_id, events: None)
+    monkeypatch.setattr(services, "publish", lambda drop_id, events, at: None)
 
     for user in users:
         reserve(drop.pk, Claim(user.pk))

@@ -12,7 +12,7 @@ from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from reservations.exceptions import Cooldown, LimitExceeded, SoldOut, TooManyHolds
 from reservations.models import Reservation, ReservationStatus
-from reservations.services import Claim, release, reserve, reserve_many
+from reservations.services import Claim, release, reserve, reserve_many, reserve_on_drops
 from reservations.tests.factories import ReservationFactory
 from tests.concurrency import another_session, at_once, blocked
 from tests.queries import statements
@@ -47,6 +47,15 @@ def test_refuses_a_hold_beyond_the_limit_over_all_drops(db, two_holds):
     )
     assert stock_of(drops[2]) == 10
     assert reserve(drops[2].pk, Claim(UserFactory().pk))
+
+
+def test_claims_on_several_drops_in_one_transaction_count_together(db, two_holds):
+    user, drops = UserFactory(), [DropFactory() for _ in range(4)]
+
+    outcomes = reserve_on_drops({drop.pk: [Claim(user.pk)] for drop in drops})
+
+    kinds = [type(outcome) for (outcome,) in outcomes.values()]
+    assert sorted(kinds, key=str) == [TooManyHolds] * 2 + [Reservation] * 2
 
 
 @pytest.mark.parametrize("way", ["bought", "released", "overdue"])

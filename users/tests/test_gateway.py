@@ -1,5 +1,6 @@
 """IDENTITY_MODE=gateway: only what a gateway has signed is believed, and once."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 
+from drops.tests.factories import DropFactory
+from tests.hot import Request, hot_lane
 from tests.identities import SECRETS, identity_mode, signed
 from users import replays
 from users.exceptions import InvalidIdentity
@@ -199,8 +202,6 @@ def test_own_signatures_are_forgotten_when_they_are_too_many_or_too_old(monkeypa
 
 
 def test_a_replayed_claim_changes_nothing(client_of, db):
-    from drops.tests.factories import DropFactory
-
     drop, user = DropFactory(max_per_user=None), UserFactory()
     path = f"/api/drops/{drop.pk}/reserve"
     headers = signed("POST", path, user)
@@ -221,6 +222,44 @@ def test_a_signed_stranger_becomes_a_user(client_of, db):
 
     assert response.json() == {"id": ADA, "username": "Ada"}
     assert User.objects.get().pk == uuid.UUID(ADA)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_signed_stranger_buys_in_production_too(settings):
+    settings.DEBUG, settings.ALLOWED_HOSTS = False, ["testserver"]
+    drop, known, absent = DropFactory(), UserFactory(), uuid.uuid4()
+
+    async def claims(lane):
+        async def claim(user, drop_id=drop.pk):
+            path = f"/api/drops/{drop_id}/reserve"
+            headers = signed("POST", path, user, name="Ada")
+            return await lane.send(Request("POST", path, headers=tuple(headers.items())))
+
+        return await asyncio.gather(
+            claim(ADA), claim(known), claim(uuid.uuid4()), claim(uuid.uuid4(), absent)
+        )
+
+    with hot_lane() as lane:
+        answers = asyncio.run(claims(lane))
+
+    assert [answer.status for answer in answers] == [201, 201, 201, 404]
+    assert User.objects.get(pk=ADA).username.startswith("Ada")
+    drop.refresh_from_db()
+    assert drop.available_stock == 7
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_signed_stranger_stays_one_where_users_are_made_elsewhere(settings):
+    settings.DEBUG, settings.ALLOWED_HOSTS = False, ["testserver"]
+    settings.CREATE_UNKNOWN_USERS = False
+    path = f"/api/drops/{DropFactory().pk}/reserve"
+    headers = tuple(signed("POST", path, ADA).items())
+
+    with hot_lane() as lane:
+        answer = asyncio.run(lane.send(Request("POST", path, headers=headers)))
+
+    assert (answer.status, answer.json()["code"]) == (401, "unknown_user")
+    assert not User.objects.filter(pk=ADA).exists()
 
 
 def test_a_stranger_without_a_signature_becomes_nobody(client_of, db):
