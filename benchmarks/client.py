@@ -41,6 +41,8 @@ class Plan:
     interval_seconds: float
     connections: int | None = 128
     connect_first: bool = True
+    # The requests go to these, and ``path``, in turn.
+    other_paths: Sequence[str] = ()
 
 
 @dataclass
@@ -216,8 +218,9 @@ class Client:
             connection.send(request, due)
 
     def _request(self, index: int) -> bytes:
+        paths = [self.plan.path, *self.plan.other_paths]
         return (
-            f"POST {self.plan.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.plan.port}\r\n"
+            f"POST {paths[index % len(paths)]} HTTP/1.1\r\nHost: 127.0.0.1:{self.plan.port}\r\n"
             f"X-User-Id: {user_id(self.plan.first_user + index)}\r\nContent-Length: 0\r\n\r\n"
         ).encode()
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
+from benchmarks import watchers
 from benchmarks.client import Plan, Report
 
 HERE = Path(__file__).resolve().parent
@@ -128,6 +130,71 @@ def background_client(plan: Plan) -> Iterator[Callable[..., Report]]:
 def run_client(plan: Plan) -> Report:
     with background_client(plan) as finish:
         return finish(early=False)
+
+
+class Watching:
+    """Thousands of sockets in a process of their own, all connected; see ``watchers``."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def begin(self) -> None:
+        """Take figures from now on."""
+        self._say("begin")
+
+    def end(self) -> watchers.Report:
+        self._say("end")
+        output, _ = self._process.communicate(timeout=GRACE_SECONDS)
+        if self._process.returncode:
+            raise GeneratorError(f"benchmarks.watchers ended with {self._process.returncode}.")
+        return read_watchers(output)
+
+    def _say(self, word: str) -> None:
+        told = cast(TextIO, self._process.stdin)
+        told.write(f"{word}\n")
+        told.flush()
+
+
+@contextmanager
+def watching(plan: watchers.Plan) -> Iterator[Watching]:
+    """Connect the sockets of ``plan``, for the time of the block at most."""
+    process = _start_watchers(plan, stdin=subprocess.PIPE)
+    try:
+        if cast(TextIO, process.stdout).readline() != "ready\n":
+            raise GeneratorError("benchmarks.watchers could not connect all sockets.")
+        yield Watching(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def run_watchers(plan: watchers.Plan) -> watchers.Report:
+    """Let the sockets of ``plan`` see its changes, one after the other."""
+    process = _start_watchers(plan)
+    try:
+        output, _ = process.communicate(timeout=GRACE_SECONDS * 3)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        raise GeneratorError(f"benchmarks.watchers ended with {process.returncode}.")
+    return read_watchers(output)
+
+
+def read_watchers(output: str) -> watchers.Report:
+    report = watchers.Report(**json.loads(output))
+    if report.closed:
+        report.problems.append(f"{report.closed} sockets were closed")
+    return report
+
+
+def _start_watchers(plan: watchers.Plan, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.watchers", json.dumps(asdict(plan))]
+    return subprocess.Popen(  # noqa: S603 - our own program
+        command, cwd=HERE.parent, stdin=stdin, stdout=subprocess.PIPE, text=True
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ repeat by repeat; what counts is the median, and the smallest and largest stand 
   drop's and the variant's counters and inserts the reservation and its event into the same tables
   with the same indexes: prepared, over the unix socket, the best of 1, 4, 16 and 64 clients. It
   checks less than the application: neither the drop's window nor what the user has already.
+- **W0** is a bare broadcast server of the library `websockets`: it sends a frame of the same size
+  to the same clients, and does nothing else. All sockets are in one client process with one epoll
+  loop, which also sends the requests, so that both ends of a time are of one clock.
 - Closed loops are wrk with one thread; their latency is what wrk saw. Open loops are a client of
   ours that counts from the moment at which a request was due, so a stall of the server shows.
 - CPU is user and system time by `/proc`, of the web server with all its workers, and of PostgreSQL

@@ -25,6 +25,7 @@ from benchmarks.runs import (
     sold_out_run,
     summary,
 )
+from benchmarks.sockets import SOCKET_SCENARIOS
 
 PGBENCH_CLIENTS = (1, 4, 16, 64)
 MILLION = {False: 1_000_000, True: 50_000}  # by whether it must be quick
@@ -360,6 +361,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "zipf": zipf,
     "expiry": expiry,
     "million": million,
+    **SOCKET_SCENARIOS,
 }
 
 

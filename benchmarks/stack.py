@@ -31,6 +31,7 @@ from config.embedded import EmbeddedServers
 BASE_DIR = Path(__file__).resolve().parent.parent
 APPLICATION = "config.asgi:application"
 NOOP = "benchmarks.noop:application"
+BROADCAST = "benchmarks.broadcast"
 START_SECONDS = 30
 STOP_SECONDS = 10
 # So long that only those holds end that a scenario lets end.
@@ -128,6 +129,7 @@ class Stack:
             "REDIS_URL": self._servers.redis_url,
             "RESERVATION_TTL_SECONDS": str(HOLD_SECONDS),
             "HOT_ROUTES": "true",
+<<<<<<< HEAD
             # The load names its users itself, and comes from one address.
             "IDENTITY_MODE": "header",
             "TRUST_IDENTITY_HEADERS": "true",
@@ -135,6 +137,10 @@ class Stack:
                 f"RATE_LIMIT_{action}_PER_ADDRESS": "off"
                 for action in ("RESERVE", "PURCHASE", "CREATE", "SOCKET")
             },
+=======
+            # All clients have the same address here.
+            "SOCKETS_PER_ADDRESS": "0",
+>>>>>>> main
             "LOG_LEVEL": "WARNING",
         }
 
@@ -256,6 +262,19 @@ class Stack:
             web.check()
         finally:
             web.stop()
+
+    @contextmanager
+    def broadcast(self) -> Iterator[tuple[WebServer, int]]:
+        """Run the bare broadcast server for the time of the block; with its control port."""
+        port, control_port = free_port(), free_port()
+        process = self._start(["-m", BROADCAST, str(port), str(control_port)], {})
+        server = WebServer(process.process, process.log, port)
+        try:
+            server.wait_for(lambda: listens(port) and listens(control_port), "broadcast server")
+            yield server, control_port
+            server.check()
+        finally:
+            server.stop()
 
     @contextmanager
     def expiry_loop(self) -> Iterator[Process]:
@@ -380,6 +399,14 @@ def answers(port: int) -> bool:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2)
     except urllib.error.HTTPError as exc:
         return exc.code < 500
+    except OSError:
+        return False
+    return True
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:
         return False
     return True

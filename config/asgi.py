@@ -16,9 +16,11 @@ from django.conf import settings  # noqa: E402
 from config import daphne_limits  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
+from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
 from drops.group_commit import GroupCommit  # noqa: E402
 from purchases.asgi import PurchaseEndpoint  # noqa: E402
+from realtime.asgi import EventStreams  # noqa: E402
 from realtime.hub import get_hub  # noqa: E402
 from realtime.routing import websocket_urlpatterns  # noqa: E402
 from reservations.asgi import ReserveEndpoint  # noqa: E402
@@ -45,7 +47,10 @@ if "daphne.server" in sys.modules:
     daphne_limits.install()
 
 application = ProtocolTypeRouter(
-    {"http": http_application(), "websocket": URLRouter(websocket_urlpatterns)}
+    {
+        "http": EventStreams(http_application()),
+        "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
+    }
 )
 
 # What exists by now lives as long as the process: leave it out of all further collections,

@@ -41,6 +41,7 @@ STATUS_OF_CODE = {
     "reservation_expired": 409,
     "reservation_not_active": 409,
     "idempotency_in_progress": 409,
+    "events_gone": 410,
     "body_too_large": 413,
     "address_too_long": 414,
     "headers_too_large": 431,
@@ -104,7 +105,7 @@ Problem = inline_serializer(
 )
 
 
-def answers(success: dict[int, Any], *codes: str) -> dict[Any, Any]:
+def answers(success: dict[Any, Any], *codes: str) -> dict[Any, Any]:
     """Return the ``responses`` of a call: ``success``, and its problems with an example each."""
     by_status: dict[int, list[str]] = {}
     for code in (*codes, *ANYWHERE):

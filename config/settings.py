@@ -8,6 +8,7 @@ import environ
 
 from config import env
 from config.embedded import EmbeddedServers
+from control.theme import UNFOLD  # noqa: F401 - read by unfold, by this name
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 env.load_dotenv(BASE_DIR / ".env")
@@ -25,7 +26,8 @@ PORT = env.integer("PORT", 4000, minimum=1, maximum=65535)
 
 INSTALLED_APPS = [
     "daphne",
-    "django.contrib.admin",
+    "unfold.apps.BasicAppConfig",
+    "control.apps.ControlAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -44,6 +46,7 @@ INSTALLED_APPS = [
     "purchases",
     "realtime",
     "storefront",
+    "control",
 ]
 
 MIDDLEWARE = [
@@ -93,6 +96,20 @@ MAX_ACTIVE_HOLDS = env.integer("MAX_ACTIVE_HOLDS", 0, minimum=0, maximum=10_000)
 IDEMPOTENCY_KEY_HOURS = 24
 # Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
 HOT_ROUTES = env.boolean("HOT_ROUTES", True)
+
+# --- Sockets ----------------------------------------------------------------------------
+
+# Event streams over HTTP count as sockets. 0: no limit per address, as behind a proxy, or in
+# development, where one machine is everybody.
+SOCKETS_PER_ADDRESS = env.integer(
+    "SOCKETS_PER_ADDRESS", 0 if DEBUG else 20, minimum=0, maximum=1_000_000
+)
+SOCKETS_PER_PROCESS = env.integer("SOCKETS_PER_PROCESS", 5000, minimum=1, maximum=1_000_000)
+SOCKET_SUBSCRIPTIONS = env.integer("SOCKET_SUBSCRIPTIONS", 200, minimum=1, maximum=100_000)
+SOCKET_MESSAGES_PER_SECOND = env.integer(
+    "SOCKET_MESSAGES_PER_SECOND", 10, minimum=1, maximum=10_000
+)
+SOCKET_MESSAGE_BYTES = env.integer("SOCKET_MESSAGE_BYTES", 16_384, minimum=256, maximum=1_048_576)
 
 # --- PostgreSQL and Redis ---------------------------------------------------------------
 
@@ -190,6 +207,7 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
+<<<<<<< HEAD
 # How requests show who is asking; docs/identity.md has all three.
 IDENTITY_MODE = env.choice(
     "IDENTITY_MODE", "header" if DEBUG else "gateway", ("header", "gateway", "jwt")
@@ -241,6 +259,12 @@ RATE_LIMITS = {
     "create": rate_limit("create", "30", "120"),
     "socket": rate_limit("socket", "60", "600"),
 }
+=======
+# Only staff sign in, and only to the admin.
+LOGIN_REDIRECT_URL = "admin:index"
+# Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
+CREATE_UNKNOWN_USERS = DEBUG
+>>>>>>> main
 
 # --- REST -------------------------------------------------------------------------------
 
@@ -266,7 +290,7 @@ SPECTACULAR_SETTINGS = {
     "VERSION": "0.1.0",
     "DESCRIPTION": (
         "Limited releases: reserve, purchase and watch the stock. Every error is a problem "
-        "document (RFC 9457) with a stable `code`."
+        "document (RFC 9457) with a stable `code`. The events: [WebSocket](/api/asyncapi)."
     ),
     "SERVE_INCLUDE_SCHEMA": False,
     "SWAGGER_UI_DIST": "SIDECAR",
@@ -347,6 +371,7 @@ SERVESTATIC_AUTOREFRESH = DEBUG
 SERVESTATIC_USE_FINDERS = DEBUG
 
 LANGUAGE_CODE = "en-us"
+FORMAT_MODULE_PATH = ["config.formats"]
 TIME_ZONE = "UTC"
 USE_TZ = True
 

@@ -14,6 +14,7 @@ from drf_spectacular.views import (
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
+from realtime.asyncapi import asyncapi_json, asyncapi_page
 
 
 def healthz(request: HttpRequest) -> JsonResponse:
@@ -47,6 +48,7 @@ api: list[URLPattern | URLResolver] = [
     path("", include("reservations.urls")),
     path("", include("purchases.urls")),
     path("", include("users.urls")),
+    path("", include("realtime.urls")),
     re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
     re_path(r"^docs/?$", SpectacularSwaggerSplitView.as_view(url_name="schema"), name="docs"),
     re_path(
@@ -54,7 +56,14 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
+<<<<<<< HEAD
     re_path(r"", no_such_address),
+=======
+    re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
+    re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
+    # Django's own answer to an unknown address in DEBUG is a page with a traceback.
+    re_path(r"", lambda request: handler404(request)),
+>>>>>>> main
 ]
 
 urlpatterns = [

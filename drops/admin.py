@@ -2,24 +2,262 @@ from typing import Any, cast
 
 from django import forms
 from django.contrib import admin
+from django.core.exceptions import PermissionDenied
 from django.db.models import Model, QuerySet
 from django.db.models.functions import Now
-from django.http import HttpRequest
-from django.urls import reverse
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404
+from django.template.response import TemplateResponse
+from django.urls import path, reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
+from import_export.fields import Field
+from unfold.admin import TabularInline
+from unfold.decorators import display
+from unfold.enums import ActionVariant
+from unfold.widgets import (
+    INPUT_CLASSES,
+    UnfoldAdminIntegerFieldWidget,
+    UnfoldAdminRadioSelectWidget,
+    UnfoldAdminTextareaWidget,
+)
 
-from config.admin import ReadOnlyAdmin, ServiceAdmin, ServiceForm
-from drops.currencies import format_amount
-from drops.models import Drop, StockAdjustment, Variant
+from config.database import read_clock
+from control.actions import StaffAction, StaffActionsAdmin, staff_action
+from control.admin import CurrencyFilter, ReadOnlyAdmin, ServiceAdmin, ServiceForm, link, list_link
+from control.dashboard import sell_through
+from control.exports import CsvResource, ExportAdmin
+from drops.exceptions import format_instant
+from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropCreateSerializer, DropInputSerializer
-from drops.services import adjust_stock, create_drop, update_drop
+from drops.services import adjust_stock, create_drop, status_on_sale, update_drop
+from drops.timeline import describe, read_timeline
 from users.models import User
 
+<<<<<<< HEAD
 WINDOW_AND_LIMITS = [
     *("starts_at", "ends_at", "max_per_user"),
     *("max_expired_holds", "hold_cooldown_seconds"),
 ]
+=======
+WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
+STATUS_LABELS = {
+    DropStatus.SCHEDULED.label: "info",
+    DropStatus.LIVE.label: "success",
+    DropStatus.PAUSED.label: "warning",
+    DropStatus.CANCELLED.label: "danger",
+}
+
+
+def status_now(drop: Drop) -> DropStatus:
+    return drop.status_at(drop.read_at)
+
+
+@staff_action(Drop)
+class Publish(StaffAction):
+    name = "publish"
+    title = "Publish"
+    icon = "rocket_launch"
+    permission = "drops.run_drop"
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return row.status == DropStatus.DRAFT
+
+    def consequences(self) -> list[str]:
+        drop = self.row
+        starts = drop.starts_at
+        when = f"from {starts:%-d %B %Y, %H:%M} UTC" if starts and starts > drop.read_at else "now"
+        return [
+            f"Every shopper sees the drop, and {drop.available_stock} units are on sale {when}.",
+            "A published drop can't become a draft again.",
+        ]
+
+    def perform(self) -> str:
+        update_drop(self.row.pk, status=status_on_sale(self.row, read_clock()))
+        return "Published."
+
+
+@staff_action(Drop)
+class Schedule(StaffAction):
+    name = "schedule"
+    title = "Schedule"
+    icon = "calendar_clock"
+    permission = "drops.run_drop"
+
+    starts_at = forms.DateTimeField(
+        label="Starts at (UTC)",
+        widget=forms.DateTimeInput(
+            format="%Y-%m-%dT%H:%M",
+            attrs={"type": "datetime-local", "class": " ".join([*INPUT_CLASSES, "control-when"])},
+        ),
+    )
+
+    def __init__(self, row: Drop, *args: Any, **kwargs: Any) -> None:
+        super().__init__(row, *args, **kwargs)
+        self.initial["starts_at"] = row.starts_at
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return status_now(row) in (DropStatus.DRAFT, DropStatus.SCHEDULED)
+
+    def clean_starts_at(self) -> Any:
+        if self.cleaned_data["starts_at"] <= self.row.read_at:
+            raise forms.ValidationError("That is in the past. To start now, publish it.")
+        return self.cleaned_data["starts_at"]
+
+    def consequences(self) -> list[str]:
+        starts_at = getattr(self, "cleaned_data", {}).get("starts_at")
+        when = f"{starts_at:%-d %B %Y, %H:%M} UTC" if starts_at else "the start below"
+        is_draft = self.row.status == DropStatus.DRAFT
+        return [
+            f"{self.row.available_stock} units are on sale from {when}; nobody has to be there.",
+            "Every shopper sees the drop and its start now."
+            if is_draft
+            else "Every shopper sees the new start at once.",
+        ]
+
+    def perform(self) -> str:
+        starts_at = self.cleaned_data["starts_at"]
+        update_drop(self.row.pk, status=DropStatus.SCHEDULED, starts_at=starts_at)
+        return f"Scheduled for {starts_at:%-d %B %Y, %H:%M} UTC."
+
+
+@staff_action(Drop)
+class Pause(StaffAction):
+    name = "pause"
+    title = "Pause"
+    icon = "pause"
+    permission = "drops.run_drop"
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return status_now(row) in (DropStatus.SCHEDULED, DropStatus.LIVE)
+
+    def consequences(self) -> list[str]:
+        held = self.row.held_stock
+        return [
+            "Nobody can reserve or buy until the drop is resumed; shoppers see it at once.",
+            f"The clock of holds runs on: {held} held units can't be bought meanwhile, and go "
+            "back to stock when their time is up."
+            if held
+            else "Nobody holds anything of it now.",
+        ]
+
+    def perform(self) -> str:
+        update_drop(self.row.pk, status=DropStatus.PAUSED)
+        return "Paused."
+
+
+@staff_action(Drop)
+class Resume(StaffAction):
+    name = "resume"
+    title = "Resume"
+    icon = "play_arrow"
+    permission = "drops.run_drop"
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return status_now(row) == DropStatus.PAUSED
+
+    def consequences(self) -> list[str]:
+        return [f"{self.row.available_stock} units are on sale again; shoppers see it at once."]
+
+    def perform(self) -> str:
+        update_drop(self.row.pk, status=status_on_sale(self.row, read_clock()))
+        return "Resumed."
+
+
+@staff_action(Drop)
+class End(StaffAction):
+    name = "end"
+    title = "End"
+    icon = "stop"
+    permission = "drops.run_drop"
+    is_dangerous = True
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return status_now(row) in (DropStatus.SCHEDULED, DropStatus.LIVE, DropStatus.PAUSED)
+
+    def consequences(self) -> list[str]:
+        drop = self.row
+        return [
+            "Nobody can reserve or buy any more; shoppers see it at once. This can't be undone.",
+            f"{drop.available_stock} units stay unsold. {drop.held_stock} held units can't be "
+            "bought any more and go back when their time is up.",
+            "What was purchased stays purchased.",
+        ]
+
+    def perform(self) -> str:
+        update_drop(self.row.pk, status=DropStatus.ENDED)
+        return "Ended."
+
+
+@staff_action(Drop)
+class Adjust(StaffAction):
+    name = "adjust"
+    title = "Adjust stock"
+    icon = "inventory_2"
+    permission = "drops.adjust_drop"
+
+    variant = forms.ModelChoiceField(
+        Variant.objects.none(), label="Size", empty_label=None, widget=UnfoldAdminRadioSelectWidget
+    )
+    delta = forms.IntegerField(
+        label="Units",
+        widget=UnfoldAdminIntegerFieldWidget(attrs={"inputmode": "numeric"}),
+        help_text="Units to add; negative to withdraw. Held and sold units can't be withdrawn.",
+    )
+
+    def __init__(self, row: Drop, *args: Any, **kwargs: Any) -> None:
+        super().__init__(row, *args, **kwargs)
+        sizes: Any = self.fields["variant"]
+        sizes.queryset = Variant.objects.filter(drop=row)
+        sizes.label_from_instance = size_and_stock
+        # Of one size nothing is left to choose.
+        if len(only := list(sizes.queryset[:2])) == 1:
+            self.initial["variant"] = only[0].pk
+
+    @classmethod
+    def is_offered(cls, row: Drop) -> bool:
+        return status_now(row) not in (DropStatus.ENDED, DropStatus.CANCELLED)
+
+    def consequences(self) -> list[str]:
+        given = getattr(self, "cleaned_data", {})
+        if given.get("variant") is None or given.get("delta") is None:
+            return ["The stock changes at once, and shoppers see it at once."]
+        variant, delta = given["variant"], given["delta"]
+        return [
+            f"{variant.label}: {variant.total_stock} units in all become "
+            f"{variant.total_stock + delta}.",
+            f"Of these, {variant.available_stock} available become "
+            f"{variant.available_stock + delta}; shoppers see it at once.",
+            f"{variant.held_stock} held and {variant.sold_stock} sold stay as they are.",
+        ]
+
+    def clean(self) -> dict[str, Any]:
+        given = super().clean() or {}
+        variant, delta = given.get("variant"), given.get("delta")
+        if variant and delta is not None and variant.available_stock + delta < 0:
+            self.add_error(
+                "delta", f"Only {variant.available_stock} are available to be withdrawn."
+            )
+        return given
+
+    def perform(self) -> str:
+        given = self.cleaned_data
+        variant, delta, reason = given["variant"], given["delta"], given["reason"]
+        adjust_stock(variant.pk, delta, reason=reason, user=self.user)
+        return f"Adjusted {variant.label} by {delta:+d}."
+
+
+def size_and_stock(variant: Variant) -> str:
+    return (
+        f"{variant.label}: {variant.available_stock} available, {variant.held_stock} held, "
+        f"{variant.sold_stock} sold"
+    )
+>>>>>>> main
 
 
 class DropForm(ServiceForm):
@@ -30,11 +268,13 @@ class DropForm(ServiceForm):
 
 class NewDropForm(DropForm):
     total_stock = forms.IntegerField(
-        required=False, help_text="Of a drop without sizes. With sizes, it is their sum."
+        required=False,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Of a drop without sizes. With sizes, it is their sum.",
     )
     sizes = forms.CharField(
         required=False,
-        widget=forms.Textarea(attrs={"rows": 7, "placeholder": "EU 42: 30"}),
+        widget=UnfoldAdminTextareaWidget(attrs={"rows": 7, "placeholder": "EU 42: 30"}),
         help_text="One per line, with its stock, like “EU 42: 30”. Empty: no sizes.",
     )
 
@@ -51,19 +291,13 @@ class NewDropForm(DropForm):
         return sizes
 
 
-class VariantInline(admin.TabularInline):
+class VariantInline(TabularInline):
     model = Variant
-    verbose_name_plural = "variants and their stock"
-    fields = [
-        "label",
-        "total_stock",
-        "available_stock",
-        "held_stock",
-        "sold_stock",
-        "adjust",
-    ]
-    readonly_fields = ["held_stock", "adjust"]
+    verbose_name_plural = "sizes and their stock"
+    fields = ["label", "total_stock", "available_stock", "held_stock", "sold_stock"]
+    readonly_fields = ["held_stock"]
     extra = 0
+    hide_title = True
 
     def has_add_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -74,21 +308,41 @@ class VariantInline(admin.TabularInline):
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
 
-    @admin.display(description="")
-    def adjust(self, variant: Variant) -> SafeString:
-        url = reverse("admin:drops_stockadjustment_add")
-        return format_html('<a href="{}?variant={}">Adjust</a>', url, variant.pk)
+
+class DropResource(CsvResource):
+    held_stock = Field("held_stock")
+    created_by = Field("created_by__username")
+
+    class Meta:
+        model = Drop
+        fields = [
+            "id",
+            "name",
+            "status",
+            "price",
+            "currency",
+            "total_stock",
+            "available_stock",
+            "held_stock",
+            "sold_stock",
+            "max_per_user",
+            "starts_at",
+            "ends_at",
+            "created_by",
+            "created_at",
+        ]
+        export_order = fields
 
 
 @admin.register(Drop)
-class DropAdmin(ServiceAdmin):
+class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
     """Drops, created and changed by the services, so that every change is announced."""
 
+    resource = DropResource
     form = DropForm
     list_display = [
         "name",
-        "status_now",
-        "availability",
+        "status_label",
         "available_stock",
         "held_stock",
         "sold_stock",
@@ -96,17 +350,18 @@ class DropAdmin(ServiceAdmin):
         "amount",
         "starts_at",
         "ends_at",
-        "created_by",
+        "timeline_link",
     ]
-    list_filter = ["status", "currency", "starts_at"]
+    list_filter = ["status", CurrencyFilter, "starts_at"]
     list_select_related = ["created_by"]
     search_fields = ["id__exact", "name", "created_by__username"]
+    search_help_text = "Name or id of a drop, or name of its creator"
     date_hierarchy = "created_at"
     inlines = [VariantInline]
     readonly_fields = [
         "id",
         "currency",
-        "status_now",
+        "status_label",
         "availability",
         "total_stock",
         "available_stock",
@@ -114,12 +369,17 @@ class DropAdmin(ServiceAdmin):
         "sold_stock",
         "seq",
         "feed",
-        "created_by",
+        "see_also",
+        "creator",
         "created_at",
     ]
     fieldsets = [
         (None, {"fields": ["id", "name", "description", "image_url", "price", "currency"]}),
+<<<<<<< HEAD
         ("Sale", {"fields": ["status", "status_now", *WINDOW_AND_LIMITS]}),
+=======
+        ("Sale", {"fields": ["status_label", *WINDOW_AND_LIMIT]}),
+>>>>>>> main
         (
             "Stock",
             {
@@ -132,15 +392,20 @@ class DropAdmin(ServiceAdmin):
                 ]
             },
         ),
-        ("Log", {"fields": ["seq", "feed", "created_by", "created_at"]}),
+        ("Log", {"fields": ["see_also", "feed", "seq", "creator", "created_at"]}),
     ]
     new_fieldsets = [
         (None, {"fields": ["name", "description", "image_url", "price", "currency"]}),
         (
             "Sale",
             {
+<<<<<<< HEAD
                 "fields": WINDOW_AND_LIMITS,
                 "description": "Without a start the drop is a draft until its status is changed.",
+=======
+                "fields": WINDOW_AND_LIMIT,
+                "description": "Without a start the drop is a draft until it is published.",
+>>>>>>> main
             },
         ),
         ("Stock", {"fields": ["total_stock", "sizes"]}),
@@ -184,54 +449,98 @@ class DropAdmin(ServiceAdmin):
             user = cast(User, request.user)
             obj.pk = create_drop(user, **new.validated_data).pk
 
-    @admin.display(description="status now", ordering="status")
-    def status_now(self, drop: Drop) -> str:
-        return drop.status_at(drop.read_at).label
+    def get_urls(self) -> list[Any]:
+        timeline = self.admin_site.admin_view(self.timeline_view)
+        return [
+            path("<uuid:object_id>/timeline/", timeline, name="drops_drop_timeline"),
+            *super().get_urls(),
+        ]
 
-    @admin.display(ordering="available_stock")
+    def offered_actions(self, request: HttpRequest, row: Model) -> list[dict[str, Any]]:
+        timeline = {
+            "title": "Timeline",
+            "icon": "timeline",
+            "path": reverse("admin:drops_drop_timeline", args=[row.pk]),
+            "variant": ActionVariant.DEFAULT,
+            "attrs": {},
+        }
+        return [timeline, *super().offered_actions(request, row)]
+
+    def timeline_view(self, request: HttpRequest, object_id: Any) -> HttpResponse:
+        """Show what happened to a drop, event by event, and how fast it sold."""
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        drop = get_object_or_404(self.get_queryset(request), pk=object_id)
+        before = request.GET.get("before", "")
+        events, older = read_timeline(drop, int(before) if before.isdecimal() else None)
+        opened_at = drop.starts_at or drop.created_at
+        return TemplateResponse(
+            request,
+            "control/timeline.html",
+            {
+                **self.admin_site.each_context(request),
+                "opts": self.opts,
+                "title": "Timeline",
+                "original": drop,
+                "drop": drop,
+                "status": status_now(drop).label,
+                "events": [(event, describe(event)) for event in events],
+                "older": older,
+                "is_newest": not before.isdecimal(),
+                "sales": {
+                    "openedAt": format_instant(opened_at),
+                    "total": drop.total_stock,
+                    "seconds": sell_through(drop, opened_at),
+                },
+            },
+        )
+
+    @display(description="status", ordering="status", label=STATUS_LABELS)
+    def status_label(self, drop: Drop) -> str:
+        return status_now(drop).label
+
+    @display(ordering="available_stock")
     def availability(self, drop: Drop) -> str:
         return drop.availability.label
 
-    @admin.display(description="price", ordering="price")
-    def amount(self, drop: Drop) -> str:
-        return f"{format_amount(drop.price, drop.currency)} {drop.currency}"
+    @display(description="held")
+    def held_stock(self, drop: Drop) -> int:
+        return drop.held_stock
 
-    @admin.display(description="latest purchasers")
+    @display(description="price", ordering="price")
+    def amount(self, drop: Drop) -> str:
+        return drop.price_text
+
+    @display(description="created by")
+    def creator(self, drop: Drop) -> SafeString:
+        return link(drop.created_by)
+
+    @display(description="timeline")
+    def timeline_link(self, drop: Drop) -> SafeString:
+        url = reverse("admin:drops_drop_timeline", args=[drop.pk])
+        return format_html('<a class="control-link" href="{}">Timeline</a>', url)
+
+    @display(description="see also")
+    def see_also(self, drop: Drop) -> SafeString:
+        return format_html(
+            "{}, {}, {}, {}",
+            self.timeline_link(drop),
+            list_link("reservations.reservation", "Reservations", drop__id__exact=drop.pk),
+            list_link("purchases.purchase", "Purchases", drop__id__exact=drop.pk),
+            list_link("drops.stockadjustment", "Adjustments", variant__drop__id__exact=drop.pk),
+        )
+
+    @display(description="latest purchasers")
     def feed(self, drop: Drop) -> SafeString | str:
         rows = ((e["qty"], e["username"], e["created_at"]) for e in drop.latest_purchasers)
         return format_html_join("", "<div>{} × {}, {}</div>", rows) or "Nobody yet"
 
 
-@admin.register(Variant)
-class VariantAdmin(ReadOnlyAdmin):
-    """Where a variant is chosen for an adjustment."""
-
-    list_display = [
-        "label",
-        "drop",
-        "available_stock",
-        "held_stock",
-        "sold_stock",
-        "total_stock",
-    ]
-    list_select_related = ["drop"]
-    search_fields = ["id__exact", "label", "drop__id__exact", "drop__name"]
-    ordering = ["-drop__created_at", "drop", "position"]
-    fields = [
-        "id",
-        "drop",
-        "label",
-        "position",
-        "available_stock",
-        "held_stock",
-        "sold_stock",
-        "total_stock",
-    ]
-
-
 @admin.register(StockAdjustment)
-class StockAdjustmentAdmin(ServiceAdmin):
-    list_display = ["id", "drop", "size", "delta", "reason", "created_by", "created_at"]
+class StockAdjustmentAdmin(ReadOnlyAdmin):
+    """What was added and withdrawn, by whom and why; made on the drop's page."""
+
+    list_display = ["created_at", "drop", "size", "delta", "reason", "user"]
     list_select_related = ["variant__drop", "created_by"]
     search_fields = [
         "variant__id__exact",
@@ -240,30 +549,24 @@ class StockAdjustmentAdmin(ServiceAdmin):
         "reason",
         "created_by__username",
     ]
+    search_help_text = "Name or id of a drop, a reason, or who did it"
     date_hierarchy = "created_at"
-    fields = ["variant", "delta", "reason"]
-    raw_id_fields = ["variant"]
+    fields = ["drop", "size", "delta", "reason", "user", "created_at"]
+    readonly_fields = ["drop", "size", "user"]
 
-    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
-        return False
+    def lookup_allowed(self, lookup: str, value: str, request: HttpRequest | None = None) -> bool:
+        return lookup == "variant__drop__id__exact" or super().lookup_allowed(
+            lookup, value, request
+        )
 
-    def get_fields(self, request: HttpRequest, obj: StockAdjustment | None = None) -> Any:
-        return [*self.fields, "created_by", "created_at"] if obj else self.fields
+    @display(ordering="variant__drop__name")
+    def drop(self, adjustment: StockAdjustment) -> SafeString:
+        return link(adjustment.variant.drop)
 
-    def save_model(
-        self, request: HttpRequest, obj: StockAdjustment, form: forms.ModelForm, change: bool
-    ) -> None:
-        obj.pk = adjust_stock(
-            obj.variant_id,
-            obj.delta,
-            reason=obj.reason,
-            user=cast(User, request.user),
-        ).pk
-
-    @admin.display(ordering="variant__drop__name")
-    def drop(self, adjustment: StockAdjustment) -> Drop:
-        return adjustment.variant.drop
-
-    @admin.display(ordering="variant__position")
+    @display(ordering="variant__position")
     def size(self, adjustment: StockAdjustment) -> str:
         return adjustment.variant.label
+
+    @display(description="by", ordering="created_by__username")
+    def user(self, adjustment: StockAdjustment) -> SafeString:
+        return link(adjustment.created_by)

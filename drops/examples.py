@@ -1,6 +1,8 @@
 """One drop, as the OpenAPI document shows it."""
 
-DROP = {
+from typing import Any
+
+DROP: dict[str, Any] = {
     "id": "5f0c7a52-2f0e-4f66-9a3e-8d1f3a0c9b11",
     "name": "Aurora Runner 'Ember'",
     "description": "Five hundred pairs.",

@@ -6,6 +6,7 @@ from django.db import models
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from config.database import ClockTimestamp
 from drops.currencies import format_amount
 
 
@@ -85,6 +86,21 @@ class DropQuerySet(models.QuerySet["Drop"]):
         }
         return self.filter(holds.get(status, Q(status=status)))
 
+    def window_due(self) -> "DropQuerySet":
+        """Keep drops whose window opened or closed since their clients were told of it."""
+        return self.filter(
+            Q(
+                status__in=FOLLOWS_START,
+                starts_at__gt=F("window_told_at"),
+                starts_at__lte=ClockTimestamp(),
+            )
+            | Q(
+                status__in=FOLLOWS_END,
+                ends_at__gt=F("window_told_at"),
+                ends_at__lte=ClockTimestamp(),
+            )
+        )
+
     def current(self) -> "DropQuerySet":
         """Keep what a visitor may wait for or buy: published, and neither ended nor cancelled."""
         return self.filter(status__in=FOLLOWS_END).exclude(ends_at__lte=Now())
@@ -137,6 +153,11 @@ class Drop(Stock):
         settings.AUTH_USER_MODEL, models.PROTECT, related_name="drops_created"
     )
     created_at = models.DateTimeField(db_index=True)
+    window_told_at = models.DateTimeField(
+        db_default=Now(),
+        editable=False,
+        help_text="Up to then, clients were told of what the window did.",
+    )
 
     objects = DropQuerySet.as_manager()
 
@@ -145,6 +166,12 @@ class Drop(Stock):
 
     class Meta:
         ordering = ["-created_at", "id"]
+        permissions = [
+            ("run_drop", "Can publish, schedule, pause, resume and end drops"),
+            ("cancel_drop", "Can cancel drops"),
+            ("adjust_drop", "Can add and withdraw units of drops"),
+            ("export_drop", "Can export drops"),
+        ]
         constraints = [
             stock_constraint("drop_stock_between_zero_and_total"),
             models.CheckConstraint(name="drop_price_not_negative", condition=Q(price__gte=0)),
@@ -166,6 +193,20 @@ class Drop(Stock):
             models.CheckConstraint(
                 name="drop_expired_holds_before_cooldown_are_positive",
                 condition=Q(max_expired_holds=None) | Q(max_expired_holds__gt=0),
+            ),
+        ]
+        indexes = [
+            # Read by the loop that announces windows: only those still to come. A change of
+            # the stock touches none of these columns, so it stays within its page (HOT).
+            models.Index(
+                fields=["starts_at"],
+                condition=Q(starts_at__gt=F("window_told_at")),
+                name="drop_by_start_to_be_told",
+            ),
+            models.Index(
+                fields=["ends_at"],
+                condition=Q(ends_at__gt=F("window_told_at")),
+                name="drop_by_end_to_be_told",
             ),
         ]
 

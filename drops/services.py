@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
+from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import ErrorDetail, ValidationError
 
 from config.database import read_clock
@@ -96,6 +97,7 @@ class LockedDrop:
                 "dropId": str(self.drop.pk),
                 "availableStock": self.drop.available_stock,
                 "availability": self.drop.availability.value,
+                "soldStock": self.drop.sold_stock,
                 "variants": [
                     {"id": str(variant.pk), "availableStock": variant.available_stock}
                     for variant in sorted(self.variants.values(), key=lambda v: v.position)
@@ -235,7 +237,13 @@ def create_drop(user: User, *, variants: list[dict] | None = None, **fields: Any
     now = read_clock()
     if "status" not in fields:
         fields["status"] = status_by_start(fields.get("starts_at"), now)
-    drop = Drop(created_by=user, created_at=now, available_stock=fields["total_stock"], **fields)
+    drop = Drop(
+        created_by=user,
+        created_at=now,
+        window_told_at=now,
+        available_stock=fields["total_stock"],
+        **fields,
+    )
     drop.read_at = now
     check_drop(drop)
     drop.save(force_insert=True)
@@ -269,21 +277,69 @@ def update_drop(drop_id: uuid.UUID, **changes: Any) -> Drop:
         ValidationError: the result would contradict itself, or the status can't follow.
     """
     locked = lock_drop(drop_id)
-    drop, now = locked.drop, read_clock()
+    now = read_clock()
+    change_drop(locked, changes, now)
+    locked.save(now)
+    return locked.drop
+
+
+def change_drop(locked: LockedDrop, changes: dict[str, Any], now: datetime) -> None:
+    """Change a locked drop, as ``update_drop`` does; the caller saves ``locked``.
+
+    Raises:
+        ValidationError: the result would contradict itself, or the status can't follow.
+    """
+    drop = locked.drop
     drop.read_at = now
     before = {name: getattr(drop, name) for name in changes}
     if before == changes:
-        return drop
+        return
     status_before = drop.status
     for name, value in changes.items():
         setattr(drop, name, value)
     check_drop(drop, status_before)
-    drop.save(update_fields=list(changes))
+    # What is announced here says what the window did up to now.
+    drop.window_told_at = now
+    drop.save(update_fields=[*changes, "window_told_at"])
     if drop.status != DropStatus.DRAFT:
         is_published = status_before != DropStatus.DRAFT
         locked.record_drop(EventType.DROP_UPDATED if is_published else EventType.DROP_CREATED)
-        locked.save(now)
-    return drop
+
+
+def status_on_sale(drop: Drop, now: datetime) -> DropStatus:
+    """Return the status that puts ``drop`` on sale, at once or from its start."""
+    is_early = drop.starts_at is not None and drop.starts_at > now
+    return DropStatus.SCHEDULED if is_early else DropStatus.LIVE
+
+
+def announce_windows() -> int:
+    """Tell the clients of each drop whose window has opened or closed; return of how many.
+
+    Any number may run at once; each opening and closing is announced once. A drop that
+    somebody keeps locked is left for the next call.
+    """
+    told = 0
+    for drop_id in Drop.objects.window_due().order_by("pk").values_list("pk", flat=True):
+        try:
+            told += _announce_window(drop_id)
+        except OperationalError as exc:
+            if not isinstance(exc.__cause__, LockNotAvailable):
+                raise
+    return told
+
+
+@transaction.atomic
+def _announce_window(drop_id: uuid.UUID) -> bool:
+    locked = lock_drop(drop_id)
+    if not Drop.objects.window_due().filter(pk=drop_id).exists():
+        # Another loop was quicker, or staff has moved the window.
+        return False
+    now = read_clock()
+    locked.drop.window_told_at = now
+    locked.drop.save(update_fields=["window_told_at"])
+    locked.record_drop(EventType.DROP_UPDATED)
+    locked.save(now)
+    return True
 
 
 def check_drop(drop: Drop, status_before: str | None = None) -> None:

@@ -50,13 +50,16 @@ CHECKS: dict[str, str] = {
         WHERE d.seq <> coalesce(e.last, d.seq)
            OR e.count <> coalesce(e.last - e.first + 1, 0)
     """,
-    "a consumed reservation has exactly its purchase, no other has one": """
+    "a consumed reservation has its paid purchase, a voided one at most a refunded one": """
         SELECT r.drop_id, r.id::text,
-               CASE r.status WHEN 'CONSUMED' THEN 'a purchase like it' ELSE 'no purchase' END,
-               coalesce('purchase ' || p.id, 'no purchase')
+               CASE r.status WHEN 'CONSUMED' THEN 'a paid purchase like it'
+                             WHEN 'VOIDED' THEN 'no purchase, or a refunded one like it'
+                             ELSE 'no purchase' END,
+               coalesce(p.status || ' purchase ' || p.id, 'no purchase')
         FROM reservations_reservation r
         LEFT JOIN purchases_purchase p ON p.reservation_id = r.id
-        WHERE (r.status = 'CONSUMED') <> (p.id IS NOT NULL)
+        WHERE (r.status = 'CONSUMED') <> (p.id IS NOT NULL AND p.status = 'paid')
+           OR (p.status = 'refunded' AND r.status <> 'VOIDED')
            OR (p.drop_id, p.variant_id, p.user_id, p.quantity)
               <> (r.drop_id, r.variant_id, r.user_id, r.quantity)
     """,

@@ -45,6 +45,10 @@ class Purchase(models.Model):
 
     class Meta:
         ordering = ["-created_at", "id"]
+        permissions = [
+            ("refund_purchase", "Can refund purchases"),
+            ("export_purchase", "Can export purchases"),
+        ]
         constraints = [
             models.CheckConstraint(
                 name="purchase_quantity_is_positive", condition=Q(quantity__gt=0)

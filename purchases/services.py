@@ -1,4 +1,4 @@
-"""Purchase what one holds: only active reservations, only in time, each once."""
+"""Purchase what one holds: only active reservations, only in time, each once; and refund it."""
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +9,12 @@ from typing import Any
 from django.db import connection, transaction
 from rest_framework.exceptions import APIException
 
+from config.database import read_clock
 from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
-from drops.models import Drop
-from drops.services import LockedDrop, lock_drops, save_drops
+from drops.models import Drop, StockAdjustment
+from drops.services import LockedDrop, lock_drop, lock_drops, save_drops
+from purchases.exceptions import AlreadyRefunded
 from purchases.models import Purchase, PurchaseStatus
 from realtime.models import EventType
 from reservations.exceptions import (
@@ -107,8 +109,8 @@ def _sell_to(
             outcomes.append(ReservationRequired())
         elif user_id in bought:
             outcomes.append(repeat(bought[user_id]))
-        elif reservation.status == ReservationStatus.CONSUMED:
-            outcomes.append(Purchase.objects.get(reservation=reservation))
+        elif earlier := earlier_purchase(reservation):
+            outcomes.append(earlier)
         elif refusal := refusal_to_sell(locked.drop, reservation):
             outcomes.append(refusal)
         else:
@@ -165,6 +167,13 @@ def latest_reservations(
     return latest
 
 
+def earlier_purchase(reservation: Reservation) -> Purchase | None:
+    """Return the purchase that consumed ``reservation``, even if it was refunded since."""
+    if reservation.status not in (ReservationStatus.CONSUMED, ReservationStatus.VOIDED):
+        return None
+    return Purchase.objects.filter(reservation=reservation).first()
+
+
 def refusal_to_sell(drop: Drop, reservation: Reservation) -> APIException | None:
     if reservation.status == ReservationStatus.EXPIRED:
         return ReservationExpired()
@@ -203,6 +212,7 @@ def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purcha
             "dropId": str(locked.drop.pk),
             "username": reservation.user.username,
             "purchasedAt": format_instant(purchase.created_at),
+            "qty": purchase.quantity,
         },
     )
     return purchase
@@ -241,6 +251,75 @@ def store(purchases: Sequence[Purchase]) -> None:
         )
 
 
+@transaction.atomic
+def refund_purchase(purchase_id: uuid.UUID, *, restock: bool, reason: str, user: User) -> Purchase:
+    """Take a purchase back; it no longer counts against its buyer's limit.
+
+    With ``restock`` its units are available again. Without, they are gone: the total
+    shrinks by them, and an adjustment says by whom and why.
+
+    Raises:
+        Purchase.DoesNotExist: no such purchase.
+        AlreadyRefunded: there is nothing left to refund.
+    """
+    # Which drop to lock first never changes, so it may be read without a lock.
+    drop_id = Purchase.objects.values_list("drop_id", flat=True).get(pk=purchase_id)
+    locked = lock_drop(drop_id)
+    refunded = refund(locked, restock, reason, user, pk=purchase_id)
+    if not refunded:
+        raise AlreadyRefunded
+    return refunded[0]
+
+
+@transaction.atomic
+def refund_all(drop_id: uuid.UUID, *, restock: bool, reason: str, user: User) -> list[Purchase]:
+    """Take back every paid purchase of a drop, as ``refund_purchase`` does with one.
+
+    Raises:
+        Drop.DoesNotExist: no such drop.
+    """
+    return refund(lock_drop(drop_id), restock, reason, user)
+
+
+def refund(
+    locked: LockedDrop, restock: bool, reason: str, user: User, **which: uuid.UUID
+) -> list[Purchase]:
+    """Refund the paid purchases ``which`` of a locked drop, and save it."""
+    paid = Purchase.objects.filter(drop=locked.drop, status=PurchaseStatus.PAID, **which)
+    purchases = list(paid.select_for_update(no_key=True).order_by("pk"))
+    if not purchases:
+        return []
+    Purchase.objects.filter(pk__in=[purchase.pk for purchase in purchases]).update(
+        status=PurchaseStatus.REFUNDED
+    )
+    # Only consumed reservations count against the limit: what each claim reads need not
+    # know of refunds.
+    Reservation.objects.filter(pk__in=[purchase.reservation_id for purchase in purchases]).update(
+        status=ReservationStatus.VOIDED
+    )
+    units: dict[uuid.UUID, int] = {}
+    for purchase in purchases:
+        purchase.status = PurchaseStatus.REFUNDED
+        units[purchase.variant_id] = units.get(purchase.variant_id, 0) + purchase.quantity
+    for variant_id, quantity in units.items():
+        back = {"available": quantity} if restock else {"total": -quantity}
+        locked.move(locked.variants[variant_id], sold=-quantity, **back)
+    if not restock:
+        StockAdjustment.objects.bulk_create(
+            StockAdjustment(variant_id=variant_id, delta=-quantity, reason=reason, created_by=user)
+            for variant_id, quantity in units.items()
+        )
+    feed = [feed_entry(purchase) for purchase in latest_paid(locked.drop)]
+    if feed != locked.drop.latest_purchasers:
+        set_feed(locked, feed)
+    locked.record_stock()
+    if not restock:
+        # The total is not among what STOCK_UPDATED tells.
+        locked.record_drop(EventType.DROP_UPDATED)
+    locked.save(read_clock())
+    return purchases
+
+
 def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
     """Show the newest of ``entries`` in the drop's activity feed."""
     locked.show_purchasers(entries[:FEED_LENGTH])
@@ -257,6 +336,7 @@ def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
                 }
                 for entry in locked.drop.latest_purchasers
             ],
+            "soldStock": locked.drop.sold_stock,
         },
     )
 
@@ -273,7 +353,7 @@ def feed_entry(purchase: Purchase) -> dict:
 
 def latest_paid(drop: Drop) -> list[Purchase]:
     """Return the drop's latest paid purchases: reads three rows, however many there are."""
-    paid = Purchase.objects.filter(drop=drop, status="paid").select_related("user")
+    paid = Purchase.objects.filter(drop=drop, status=PurchaseStatus.PAID).select_related("user")
     return list(paid.order_by("-created_at")[:FEED_LENGTH])
 
 

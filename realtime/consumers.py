@@ -1,13 +1,23 @@
+"""The WebSocket: one consumer per socket, fed by the hub.
+
+Frames come from the hub, not through the channel layer: a channel per socket would cost one
+Redis subscription, one decoding and one thread hop for each frame (docs/adr/0006).
+"""
+
 import asyncio
 import contextlib
+import uuid
+from collections.abc import Awaitable
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncWebsocketConsumer
+from django.conf import settings
 from django.core.exceptions import ObjectDoesNotExist
-from django.db import DatabaseError
 
+<<<<<<< HEAD
 from config.addresses import client_address
 from config.problems import RateLimited
 from config.rate_limits import rate_limits
@@ -18,39 +28,103 @@ from users.exceptions import InvalidIdentity
 from users.identity import Identity, identify_socket
 
 MAX_WAITING_FRAMES = 1000
+=======
+from config.body_limit import Receive, Scope, Send
+from config.hot_routes import host_is_allowed
+from realtime import backpressure, log
+from realtime.conflation import Outbox
+from realtime.frames import EventFrame, Message, is_uuid, pong_frame, text_message
+from realtime.hub import OUTAGES, Hub, get_hub
+from realtime.limits import Allowance, open_connections
+from realtime.log import is_seq, read_seq
+from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
+from realtime.wire import Writer, frame_writer
+from users.exceptions import InvalidIdentity, UnknownUser
+from users.identity import get_user, read_identity
+>>>>>>> main
 
+SERVICE_RESTART = 1012
+TRY_AGAIN_LATER = 1013
+MESSAGE_TOO_LARGE = 1009
 BAD_MESSAGE = 4400
 INVALID_IDENTITY = 4401
 NOT_FOUND = 4404
 TOO_OFTEN = 4429
 TOO_SLOW = 4408
-SERVICE_RESTART = 1012
-TRY_AGAIN_LATER = 1013
+TOO_MANY_SUBSCRIPTIONS = 4409
+TOO_MANY_MESSAGES = 4429
+TOO_MANY_SOCKETS = 4430
+PROCESS_IS_FULL = 4503
+
+# How long a client may leave what was sent to it unread.
+SLOWEST_READ_SECONDS = 5.0
+CLOSE_SECONDS = 5.0
+# Events in memory per client that reads slowly; the largest have some kilobytes.
+REPLAY_PAGE = 100
+# Who missed more is better served with the state.
+MAX_REPLAY = 10_000
 
 
-class DropConsumer(AsyncWebsocketConsumer):
-    """A socket that watches all drops, or one: ``/ws/drops`` and ``/ws/drops/{id}``.
+class Closing(Exception):
+    """This socket can't go on."""
 
-    Frames come from the hub, not through the channel layer: a channel per socket would
-    cost one Redis subscription, one decoding and one thread hop for each frame.
-    """
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
 
+
+class Consumer(AsyncWebsocketConsumer):
     channel_layer_alias = "none: the hub listens for all sockets"
 
+    async def dispatch(self, message: dict[str, Any]) -> None:
+        # Channels looks after database connections in a thread for each message; here, what
+        # uses the database does so itself.
+        await getattr(self, message["type"].replace(".", "_"))(message)
+
+
+class DropConsumer(Consumer):
+    """A socket that watches all drops, or one: ``/ws/drops`` and ``/ws/drops/{id}``."""
+
+    base_send: Send
+    write: Writer
     hub: Hub
-    writer: asyncio.Task | None = None
+    address: str | None = None
+    user_id: uuid.UUID | None = None
+    is_watching_all = False
+    is_over = False
+    # A step of sending that waits for the client to read.
+    blocked: asyncio.Task | None = None
+    closing: asyncio.Task | None = None
+    # None while the client gets everything at once, which is nearly always.
+    outbox: Outbox | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Also where a server that stops cancels what it runs.
+            self._forget()
 
     async def connect(self) -> None:
-        await self.accept()
-        self.frames: asyncio.Queue[str] = asyncio.Queue(MAX_WAITING_FRAMES)
-        # The newest frame sent, by drop: a snapshot may be ahead of the hub.
-        self.seqs: dict[str, int] = {}
-        # Frames of drops whose snapshot is still being read.
-        self.held_back: list[tuple[str, int, str]] | None = None
-        drop_id = self.scope["url_route"]["kwargs"].get("drop_id")
-        if drop_id is not None and not is_uuid(drop_id):
-            return await self.close(NOT_FOUND, "no such drop")
+        self.watched: set[str] = set()
+        if not origin_is_allowed(self.scope["headers"]):
+            # Before the handshake: that page's socket shall never open.
+            return await self.close()
+        # Where a snapshot was newer than the hub's newest frame, by drop.
+        self.ahead: dict[str, int] = {}
+        rate = settings.SOCKET_MESSAGES_PER_SECOND
+        # Twice as many at once: a client that comes back subscribes to all it watched.
+        self.messages = Allowance(rate, 2 * rate)
+        offered = self.scope["subprotocols"]
+        await self.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        self.servers_send, self.base_send = (
+            self.base_send,
+            backpressure.waiting_send(self.base_send),
+        )
+        self.write = frame_writer(self.servers_send)
         try:
+<<<<<<< HEAD
             identity = identify_socket(self.scope)
             await self._check_rate(identity)
             self.hub = get_hub()
@@ -63,6 +137,28 @@ class DropConsumer(AsyncWebsocketConsumer):
             await self.close(TOO_OFTEN, "too many connections, try again later")
         except DatabaseError:
             await self.close(TRY_AGAIN_LATER, "try again later")
+=======
+            self._enter()
+            drop_id, since = read_address(self.scope)
+            self.user_id = await identify(self.scope["headers"], ticket_in(offered))
+            self.hub = get_hub()
+            await self.hub.start()
+            await self._begin(drop_id, since)
+            if self.user_id is not None and not self.is_over:
+                self.hub.private.add(self.user_id, self)
+        except (Closing, *OUTAGES) as exc:
+            self._end(*why(exc))
+
+    def _enter(self) -> None:
+        client = self.scope.get("client")
+        address = client[0] if client else ""
+        if open_connections.is_full:
+            raise Closing(PROCESS_IS_FULL, "this process has as many sockets as it takes")
+        if open_connections.is_full_for(address):
+            raise Closing(TOO_MANY_SOCKETS, "too many sockets from this address")
+        open_connections.enter(address)
+        self.address = address
+>>>>>>> main
 
     async def _check_rate(self, identity: Identity | None) -> None:
         """Count the connection; who has no identity is counted by address alone.
@@ -82,85 +178,304 @@ class DropConsumer(AsyncWebsocketConsumer):
         )
 
     async def disconnect(self, code: int) -> None:
-        if self.writer is not None:
-            self.hub.forget(self)
-            self.writer.cancel()
+        self._forget()
+        if self.blocked is not None:
+            self.blocked.cancel()
+
+    def _forget(self) -> None:
+        """Be over: nothing is sent from now on, and nobody knows this socket any more."""
+        self.is_over = True
+        self.outbox = None
+        if self.address is not None:
+            open_connections.leave(self.address)
+            self.address = None
+        if hasattr(self, "hub"):
+            self.hub.forget(self, self.watched)
+            if self.user_id is not None:
+                self.hub.private.remove(self.user_id, self)
+
+    # --- What clients say ---------------------------------------------------------------
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
-        message = parse_message(text_data)
-        if self.writer is None:
+        if self.is_over:
             return
+        try:
+            await self._act(text_data, bytes_data)
+        except (Closing, *OUTAGES) as exc:
+            self._end(*why(exc))
+
+    async def _act(self, text: str | None, data: bytes | None) -> None:
+        # A character has at most four bytes; those of most are worth no second look.
+        size = len(text if text is not None else data or b"")
+        limit = settings.SOCKET_MESSAGE_BYTES
+        if size > limit or (text and size > limit // 4 and len(text.encode()) > limit):
+            raise Closing(MESSAGE_TOO_LARGE, f"more than {limit} bytes")
+        message = parse_message(text)
         if message is None:
-            return await self.close(BAD_MESSAGE, "not a message this socket knows")
+            raise Closing(BAD_MESSAGE, "not a message this socket knows")
+        if self.messages.left() < 1:
+            raise Closing(TOO_MANY_MESSAGES, "too many messages in a second")
+        self.messages.spend()
         if message["action"] == "ping":
-            return self._queue(pong_frame())
+            return self._send(text_message(pong_frame()))
         drop_id = message["dropId"].lower()
         if message["action"] == "unsubscribe":
-            return self.hub.unwatch(self, drop_id)
-        try:
-            await self._begin(drop_id)
-        except DatabaseError:
-            await self.close(TRY_AGAIN_LATER, "try again later")
+            self.watched.discard(drop_id)
+            self.hub.unwatch(self, drop_id)
+            if self.outbox is not None:
+                self.outbox.discard(drop_id)
+            return None
+        if drop_id not in self.watched and len(self.watched) >= settings.SOCKET_SUBSCRIPTIONS:
+            raise Closing(TOO_MANY_SUBSCRIPTIONS, "too many subscriptions")
+        await self._begin(drop_id, message.get("since"))
 
-    async def _begin(self, drop_id: str | None) -> None:
-        """Watch from now on, then send the state that the watched events continue."""
-        self.held_back = []
+    # --- The beginning: a state, or what was missed -------------------------------------
+
+    async def _begin(self, drop_id: str | None, since: int | None) -> None:
+        """Watch from now on, then send what the watched events continue."""
+        self.outbox = self.outbox or Outbox()
         if drop_id is None:
+            self.outbox.is_all_held = True
+            self.is_watching_all = True
             self.hub.watch_all(self)
         else:
+            self.outbox.held.add(drop_id)
+            self.watched.add(drop_id)
             self.hub.watch(self, drop_id)
         try:
-            drops, now = await database_sync_to_async(log.snapshot)(drop_id)
+            if drop_id is None or since is None or not await self._replay(drop_id, since):
+                await self._send_snapshot(drop_id)
         except ObjectDoesNotExist:
-            self.hub.unwatch(self, str(drop_id))
-            return await self.close(NOT_FOUND, "no such drop")
-        self._queue(snapshot_frame(drops, now))
-        self.seqs |= {drop["id"]: drop["seq"] for drop in drops}
-        held_back, self.held_back = self.held_back, None
-        for held in held_back or []:
-            self.offer(*held)
+            raise Closing(NOT_FOUND, "no such drop") from None
 
-    def offer(self, drop_id: str, seq: int, frame: str) -> None:
-        if self.held_back is not None:
-            self.held_back.append((drop_id, seq, frame))
-        elif seq > self.seqs.get(drop_id, 0):
-            self.seqs[drop_id] = seq
-            self._queue(frame)
+    async def _send_snapshot(self, drop_id: str | None) -> None:
+        snapshot = await self.hub.snapshot(drop_id)
+        if self.outbox is None:
+            return
+        self.outbox.put(snapshot.message)
+        self._continue_from(snapshot.seqs)
+        if drop_id is None:
+            self.outbox.is_all_held = False
+        self._flush()
 
-    def offer_heartbeat(self, frame: str) -> None:
-        self._queue(frame)
+    def _continue_from(self, seqs: dict[str, int]) -> None:
+        """Let the frames after these numbers follow; those up to there are told already."""
+        if self.outbox is None:
+            return
+        for drop_id, seq in seqs.items():
+            self.ahead.pop(drop_id, None)
+            has_newer = self.outbox.continue_from(drop_id, seq)
+            # The hub may be sending the very frame to which the state belongs.
+            if not has_newer and (drop_id in self.watched or seq > self.hub.sent(drop_id)):
+                self.ahead[drop_id] = seq
+
+    async def _replay(self, drop_id: str, since: int) -> bool:
+        """Send the events after ``since``, each; return False where the log can't tell them."""
+        # Nothing that was sent before this socket watched is sent to it again.
+        sent = self.hub.sent(drop_id)
+        if sent - since > MAX_REPLAY:
+            return False
+        while True:
+            frames = self.hub.remembered_after(drop_id, since)
+            if frames is None:
+                events = await database_sync_to_async(log.missed_events)(
+                    drop_id, since, REPLAY_PAGE
+                )
+                if events is None:
+                    return False
+                frames = [EventFrame(drop_id, *event) for event in events]
+            for frame in frames[:REPLAY_PAGE]:
+                if self.outbox is None:
+                    return True
+                self.outbox.put(text_message(frame.text_after(since)))
+                since = frame.seq
+            # The next page only when the client has read this one.
+            await self._flushed()
+            if len(frames) < REPLAY_PAGE and since >= sent:
+                break
+        self._continue_from({drop_id: since})
+        self._flush()
+        return True
+
+    # --- What the hub offers ------------------------------------------------------------
+
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+        if self.is_over or not (self.is_watching_all or frame.drop_id in self.watched):
+            return
+        if self.ahead and frame.drop_id in self.ahead:
+            if frame.seq <= self.ahead[frame.drop_id]:
+                return
+            prev = self.ahead.pop(frame.drop_id)
+            message = frame.message_after(prev)
+        if self.outbox is None:
+            self._start(message)
+        else:
+            self.outbox.add(frame, prev)
+            self._flush()
+
+    def offer_heartbeat(self, key: str, message: Message) -> None:
+        if self.outbox is None:
+            self._start(message)
+        else:
+            self.outbox.put_last(key, message)
+            self._flush()
+
+    def tell(self, message: Message) -> None:
+        """Send what is for this socket's user only."""
+        self._send(message)
 
     def reconnect(self) -> None:
-        self._close_soon(SERVICE_RESTART, "connect again")
+        self._end(SERVICE_RESTART, "connect again")
 
-    def _close_soon(self, code: int, reason: str) -> None:
-        self.hub.forget(self)
-        closing = asyncio.ensure_future(self.close(code, reason))
-        # The loop itself keeps only a weak reference.
-        self.closing = closing
+    # --- Sending ------------------------------------------------------------------------
 
-    def _queue(self, frame: str) -> None:
+    def _send(self, message: Message) -> None:
+        if self.outbox is None:
+            self._start(message)
+        else:
+            self.outbox.put(message)
+            self._flush()
+
+    def _start(self, message: Message) -> None:
+        """Hand ``message`` to the server at once; if it must wait, all that follows waits too."""
+        if self.is_over:
+            return
+        if self.write(message):
+            return
+        step = self.base_send(message)
         try:
-            self.frames.put_nowait(frame)
-        except asyncio.QueueFull:
-            self._close_soon(TOO_SLOW, "too slow")
+            waits_for = backpressure.start(step)
+        except Exception:
+            # The client is gone, of which the server tells us separately.
+            return self._forget()
+        if waits_for is not None:
+            self.outbox = self.outbox or Outbox()
+            self.blocked = asyncio.ensure_future(self._finish(step, waits_for))
 
-    async def _write(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            while True:
-                await self.send(text_data=await self.frames.get())
+    async def _finish(self, step: Awaitable[None], waits_for: Any) -> None:
+        try:
+            async with asyncio.timeout(SLOWEST_READ_SECONDS):
+                await backpressure.resume(step, waits_for)
+        except TimeoutError:
+            return self._end(TOO_SLOW, "too slow")
+        except Exception:
+            return self._forget()
+        self.blocked = None
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what waits, for as long as the client reads."""
+        while self.outbox is not None and self.blocked is None:
+            message = self.outbox.pop()
+            if message is not None:
+                self._start(message)
+            elif self.outbox.is_holding:
+                return
+            else:
+                self.outbox = None
+
+    async def _flushed(self) -> None:
+        """Return once the client has taken what there was for it, or is gone."""
+        self._flush()
+        while self.blocked is not None and not self.is_over:
+            await asyncio.wait([self.blocked])
+
+    def _end(self, code: int, reason: str) -> None:
+        if self.closing is None:
+            self._forget()
+            self.closing = asyncio.ensure_future(self._close(code, reason))
+
+    async def _close(self, code: int, reason: str) -> None:
+        with contextlib.suppress(Exception):
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self.close(code, reason)
+            except TimeoutError:
+                backpressure.abort(self.servers_send)
 
 
-class NotFoundConsumer(AsyncWebsocketConsumer):
+class NotFoundConsumer(Consumer):
     """Any other address."""
-
-    channel_layer_alias = DropConsumer.channel_layer_alias
 
     async def connect(self) -> None:
         await self.accept()
         await self.close(NOT_FOUND, "no such socket")
 
 
+<<<<<<< HEAD
+=======
+def why(exc: Exception) -> tuple[int, str]:
+    if isinstance(exc, Closing):
+        return exc.code, exc.reason
+    return TRY_AGAIN_LATER, "try again later"
+
+
+def origin_is_allowed(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Say whether a page of this origin may connect; who names none is no browser's page."""
+    given = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+    if not given or settings.CORS_ALLOW_ALL_ORIGINS:
+        return True
+    origin = given[0]
+    if len(given) > 1 or origin == "null":
+        return False
+    host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
+    is_own = urlsplit(origin).netloc.lower() == host.lower() and host_is_allowed(host)
+    return is_own or origin in settings.CORS_ALLOWED_ORIGINS
+
+
+def read_address(scope: dict[str, Any]) -> tuple[str | None, int | None]:
+    """Return the drop of the address, and the last sequence number that the client has.
+
+    Raises:
+        Closing: there is no such address, or ``?since=`` is no sequence number of one drop.
+    """
+    drop_id = scope["url_route"]["kwargs"].get("drop_id")
+    if drop_id is not None and not is_uuid(drop_id):
+        raise Closing(NOT_FOUND, "no such drop")
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    given = [value for name, value in query if name == "since"]
+    if not given:
+        return (drop_id.lower() if drop_id else None), None
+    since = read_seq(given[-1])
+    if drop_id is None or len(given) > 1 or since is None:
+        raise Closing(BAD_MESSAGE, "since must be a sequence number of one drop")
+    return drop_id.lower(), since
+
+
+async def identify(headers: list[tuple[bytes, bytes]], ticket: str | None) -> uuid.UUID | None:
+    """Return whose socket this is, by its headers or else by its ticket; None is nobody's.
+
+    Raises:
+        Closing: the headers, or the ticket, are not valid.
+    """
+    try:
+        identity = read_identity(
+            *(header(headers, name) for name in (b"x-user-id", b"x-user-name"))
+        )
+        if identity is not None:
+            if not settings.CREATE_UNKNOWN_USERS:
+                # Where anybody may be anybody, to look is not yet a reason to make a user.
+                await database_sync_to_async(get_user)(identity)
+            return identity.user_id
+    except InvalidIdentity:
+        raise Closing(INVALID_IDENTITY, "invalid X-User-Id") from None
+    except UnknownUser:
+        raise Closing(INVALID_IDENTITY, "unknown user") from None
+    if ticket is None:
+        return None
+    user_id = await database_sync_to_async(use_ticket)(ticket)
+    if user_id is None:
+        raise Closing(INVALID_IDENTITY, "this ticket is unknown, used or too old")
+    return user_id
+
+
+def header(headers: list[tuple[bytes, bytes]], name: bytes) -> str | None:
+    """Return a header's value; a repeated one is joined by commas, as everywhere."""
+    given = [value.decode("latin-1") for each, value in headers if each == name]
+    return ",".join(given) if given else None
+
+
+>>>>>>> main
 def parse_message(text: str | None) -> dict[str, Any] | None:
     """Return a client's message, or None for anything that is not one."""
     try:
@@ -172,4 +487,7 @@ def parse_message(text: str | None) -> dict[str, Any] | None:
     if message.get("action") == "ping":
         return message
     is_known = message.get("action") in ("subscribe", "unsubscribe")
-    return message if is_known and is_uuid(message.get("dropId")) else None
+    if not (is_known and is_uuid(message.get("dropId"))):
+        return None
+    since = message.get("since")
+    return message if since is None or is_seq(since) else None

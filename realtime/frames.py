@@ -6,12 +6,54 @@ from typing import Any
 
 import orjson
 
+from realtime.models import EventType
+from realtime.wire import to_wire
 
-def event_frame(
-    drop_id: str, seq: int, prev: int, event_type: str, at: datetime, data: dict[str, Any]
-) -> str:
-    """Return one event of the log; ``prev`` is the ``seq`` of the frame before it."""
-    return _encode(event_type, at, data, dropId=drop_id, seq=seq, prev=prev)
+# The message of ASGI that sends a frame; shared by all sockets that get it.
+Message = dict[str, Any]
+
+# These carry a state, so that the newest tells all that the ones before it told.
+STATES = frozenset(
+    kind.value
+    for kind in (EventType.STOCK_UPDATED, EventType.ACTIVITY_UPDATED, EventType.DROP_UPDATED)
+)
+
+
+class EventFrame:
+    """One event of the log. Encoded when first sent, and only once, whatever its ``prev``."""
+
+    __slots__ = ("_at", "_body", "_message", "_prev", "data", "drop_id", "seq", "type")
+
+    def __init__(
+        self, drop_id: str, seq: int, event_type: str, at: datetime, data: dict[str, Any]
+    ) -> None:
+        self.drop_id = drop_id
+        self.seq = seq
+        self.type = event_type
+        self.data = data
+        self._at = at
+        self._body = ""
+        self._prev = -1
+        self._message: Message = {}
+
+    def text_after(self, prev: int) -> str:
+        """Return the frame; ``prev`` is the ``seq`` of the frame sent before it."""
+        if not self._body:
+            self._body = _dumps({"ts": self._at, "data": self.data})[1:]
+        return (
+            f'{{"type":"{self.type}","dropId":"{self.drop_id}","seq":{self.seq},"prev":{prev},'
+            f"{self._body}"
+        )
+
+    def message_after(self, prev: int) -> Message:
+        if prev != self._prev:
+            self._prev, self._message = prev, text_message(self.text_after(prev))
+        return self._message
+
+
+def text_message(text: str) -> Message:
+    """Return ASGI's message, and in it the same as bytes, for ``wire.frame_writer``."""
+    return {"type": "websocket.send", "text": text, "wire": to_wire(text)}
 
 
 def snapshot_frame(drops: list[dict[str, Any]], at: datetime) -> str:
@@ -20,17 +62,25 @@ def snapshot_frame(drops: list[dict[str, Any]], at: datetime) -> str:
 
 
 def heartbeat_frame(seqs: dict[str, int], at: datetime) -> str:
-    """Return the current ``seq`` of each watched drop, by drop id."""
+    """Return the ``seq`` of the newest frame of each watched drop, by drop id."""
     return _encode("HEARTBEAT", at, {"seqs": seqs})
+
+
+def private_frame(frame_type: str, at: datetime, data: dict[str, Any]) -> str:
+    """Return what only one user is told; not in a drop's log, so without ``seq``."""
+    return _encode(frame_type, at, data)
 
 
 def pong_frame() -> str:
     return _encode("PONG", datetime.now(UTC), {})
 
 
-def _encode(frame_type: str, at: datetime, data: dict[str, Any], **members: Any) -> str:
-    envelope = {"type": frame_type, **members, "ts": at, "data": data}
-    return orjson.dumps(envelope, default=str, option=orjson.OPT_UTC_Z).decode()
+def _encode(frame_type: str, at: datetime, data: dict[str, Any]) -> str:
+    return _dumps({"type": frame_type, "ts": at, "data": data})
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    return orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z).decode()
 
 
 def is_uuid(value: object) -> bool:

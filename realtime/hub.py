@@ -5,18 +5,32 @@ of order, the sequence numbers show, and the hub reads the missing events from t
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from channels.db import database_sync_to_async
 from channels.layers import get_channel_layer
+from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
+from psycopg_pool import PoolTimeout
 
 from realtime import log
-from realtime.frames import event_frame, heartbeat_frame
+from realtime.conflation import Waiting
+from realtime.frames import (
+    EventFrame,
+    Message,
+    heartbeat_frame,
+    snapshot_frame,
+    text_message,
+)
+from realtime.limits import Allowance
+from realtime.private import PrivateNews
 from realtime.publisher import GROUP, tell_followers
 
 logger = logging.getLogger(__name__)
@@ -24,39 +38,111 @@ logger = logging.getLogger(__name__)
 CATCH_UP_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 RETRY_SECONDS = 1.0
+OUTAGES = (DatabaseError, PoolTimeout)
+
+# docs/adr/0008-conflation.md says why these numbers.
+TURN_SECONDS = 0.05
+SINGLES_PER_SECOND = 50
+SINGLES_BURST = 100
+SENDS_OF_SINGLES_PER_TURN = 20_000
+FRAMES_PER_SECOND = 1000
+FRAMES_BURST = 250
+SOCKETS_PER_SLICE = 250
+LONGEST_BREAK_SECONDS = 0.1
+
+# Events that a client who lost its connection for a moment gets without a query.
+REMEMBERED_EVENTS = 500
+REMEMBER_SECONDS = 60.0
+SNAPSHOT_SECONDS = 1.0
 
 
 class Socket(Protocol):
-    """What the hub needs of a connection; ``offer`` must neither block nor fail."""
+    """What the hub needs of a connection; none of it may block or fail."""
 
-    def offer(self, drop_id: str, seq: int, frame: str) -> None: ...
-    def offer_heartbeat(self, frame: str) -> None: ...
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+        """Send ``message``, which is ``frame`` after ``prev``."""
+
+    def offer_heartbeat(self, key: str, message: Message) -> None: ...
     def reconnect(self) -> None: ...
+
+
+class Listener(Protocol):
+    """Takes every event of a drop as it comes; it must not block or fail either."""
+
+    def hear(self, frames: list[EventFrame]) -> None: ...
+    def reconnect(self) -> None: ...
+
+
+class Feed:
+    """A drop's newest event, its newest frame, and what happened in between."""
+
+    __slots__ = ("is_due", "next_turn", "recent", "sent", "seq", "singles", "touched", "waiting")
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.sent = seq
+        self.waiting: Waiting | None = None
+        self.singles: Allowance | None = None
+        self.recent: deque[EventFrame] | None = None
+        # By the loop's clock: when it may be its turn again, and its last event came.
+        self.next_turn = 0.0
+        self.touched = 0.0
+        self.is_due = False
+
+    def remember(self, frame: EventFrame) -> None:
+        if self.recent is None:
+            self.recent = deque(maxlen=REMEMBERED_EVENTS)
+        self.recent.append(frame)
+
+
+class Snapshot:
+    """The state of one drop, or of all current ones, as one frame."""
+
+    def __init__(self, drops: list[dict[str, Any]], at: datetime, frames_before: int) -> None:
+        self.message = text_message(snapshot_frame(drops, at))
+        self.seqs: dict[str, int] = {drop["id"]: drop["seq"] for drop in drops}
+        self.frames_before = frames_before
+        self.read_at = time.monotonic()
+
+    @property
+    def is_fresh(self) -> bool:
+        return time.monotonic() - self.read_at < SNAPSHOT_SECONDS
 
 
 class Hub:
     """Follows every drop from the moment it starts; lives in one event loop."""
 
     def __init__(self) -> None:
-        # The newest event passed on, by drop. A drop that isn't in here is newer than the hub.
-        self._seqs: dict[str, int] = {}
+        # A drop that isn't in here is newer than the hub.
+        self._feeds: dict[str, Feed] = {}
         self._watching_all: set[Socket] = set()
         self._watching: dict[str, set[Socket]] = {}
+        self._listening: dict[str, set[Listener]] = {}
+        self._due: asyncio.Queue[str] = asyncio.Queue()
+        self._frames = Allowance(FRAMES_PER_SECOND, FRAMES_BURST)
+        self._frames_sent = 0
+        # A heartbeat must not overtake the frames that it counts.
+        self._sending = asyncio.Lock()
+        self._snapshots: dict[str | None, Snapshot] = {}
+        self._readings: dict[str | None, asyncio.Task[Snapshot]] = {}
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._tasks: list[asyncio.Task] = []
         self._started: asyncio.Future[None] | None = None
+        self.private = PrivateNews()
+
+    # --- Starting -----------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin to follow the log; callers after the first wait for the same start.
 
         Raises:
-            DatabaseError: the log can't be read; the next call tries again.
+            DatabaseError, PoolTimeout: the log can't be read; the next call tries again.
         """
         if self._started is None:
             self._started = asyncio.ensure_future(self._start())
         try:
             await asyncio.shield(self._started)
-        except DatabaseError:
+        except OUTAGES:
             self._started = None
             raise
 
@@ -70,17 +156,25 @@ class Hub:
         while True:
             try:
                 return await self.start()
-            except DatabaseError as exc:
+            except OUTAGES as exc:
                 logger.warning("the event log can't be read: %s", exc)
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _start(self) -> None:
-        self._seqs = await database_sync_to_async(log.current_seqs)()
+        seqs = await database_sync_to_async(log.current_seqs)()
+        self._feeds = {drop_id: Feed(seq) for drop_id, seq in seqs.items()}
         self._tasks = [
-            asyncio.create_task(self._listen()),
-            asyncio.create_task(self._catch_up_forever()),
-            asyncio.create_task(self._beat()),
+            asyncio.create_task(work)
+            for work in (
+                self._listen(),
+                self._catch_up_forever(),
+                self._send_forever(),
+                self._beat(),
+                self.private.tell_forever(),
+            )
         ]
+
+    # --- Who watches --------------------------------------------------------------------
 
     def watch_all(self, socket: Socket) -> None:
         self._watching_all.add(socket)
@@ -89,16 +183,82 @@ class Hub:
         self._watching.setdefault(drop_id, set()).add(socket)
 
     def unwatch(self, socket: Socket, drop_id: str) -> None:
-        sockets = self._watching.get(drop_id, set())
-        sockets.discard(socket)
-        if not sockets:
-            self._watching.pop(drop_id, None)
+        leave(self._watching, drop_id, socket)
 
-    def forget(self, socket: Socket) -> None:
-        """Drop ``socket`` from all it watches."""
+    def forget(self, socket: Socket, drop_ids: Iterable[str]) -> None:
+        """Drop ``socket``, which watches ``drop_ids``."""
         self._watching_all.discard(socket)
-        for drop_id in [d for d, sockets in self._watching.items() if socket in sockets]:
+        for drop_id in drop_ids:
             self.unwatch(socket, drop_id)
+
+    def listen(self, listener: Listener, drop_id: str) -> None:
+        self._listening.setdefault(drop_id, set()).add(listener)
+
+    def unlisten(self, listener: Listener, drop_id: str) -> None:
+        leave(self._listening, drop_id, listener)
+
+    def sent(self, drop_id: str) -> int:
+        """Return the ``seq`` of the drop's newest frame: what is up to there isn't sent again."""
+        feed = self._feeds.get(drop_id)
+        return feed.sent if feed else 0
+
+    def _audience(self, drop_id: str) -> set[Socket]:
+        return self._watching_all | self._watching.get(drop_id, set())
+
+    # --- What a new socket gets first ---------------------------------------------------
+
+    async def snapshot(self, drop_id: str | None) -> Snapshot:
+        """Return the state of the drop, or of all current ones, that the next frames continue.
+
+        Read once for all who ask at that time. Call it when the socket is watching.
+
+        Raises:
+            ObjectDoesNotExist: there is no drop with this id.
+            DatabaseError, PoolTimeout: the database can't be reached.
+        """
+        frames_before = self._frames_sent
+        sent = self.sent(drop_id) if drop_id else 0
+
+        def goes_on_here(snapshot: Snapshot) -> bool:
+            if drop_id is None:
+                return snapshot.frames_before >= frames_before
+            return snapshot.seqs[drop_id] >= sent
+
+        known = self._snapshots.get(drop_id)
+        if known is not None and known.is_fresh and goes_on_here(known):
+            return known
+        # What was being read already may be too old; what is read after that can't be.
+        snapshot = await self._join_reading(drop_id)
+        return snapshot if goes_on_here(snapshot) else await self._join_reading(drop_id)
+
+    async def _join_reading(self, drop_id: str | None) -> Snapshot:
+        reading = self._readings.get(drop_id)
+        if reading is None:
+            reading = self._readings[drop_id] = asyncio.create_task(self._read(drop_id))
+            reading.add_done_callback(note_outcome)
+        return await asyncio.shield(reading)
+
+    async def _read(self, drop_id: str | None) -> Snapshot:
+        frames_before = self._frames_sent
+        try:
+            drops, at = await database_sync_to_async(log.snapshot)(drop_id)
+            snapshot = self._snapshots[drop_id] = Snapshot(drops, at, frames_before)
+            return snapshot
+        finally:
+            del self._readings[drop_id]
+
+    def remembered_after(self, drop_id: str, seq: int) -> list[EventFrame] | None:
+        """Return the drop's events after ``seq``, or None if they aren't all in memory."""
+        feed = self._feeds.get(drop_id)
+        if feed is None or seq > feed.seq:
+            return None
+        if seq == feed.seq:
+            return []
+        if not feed.recent or feed.recent[0].seq > seq + 1:
+            return None
+        return [frame for frame in feed.recent if frame.seq > seq]
+
+    # --- Where events come from ---------------------------------------------------------
 
     async def _listen(self) -> None:
         """Take the news from the channel layer; while Redis is away, ``_catch_up`` goes on."""
@@ -111,7 +271,7 @@ class Hub:
                     message = await layer.receive(channel)
                     try:
                         await self._take(message)
-                    except DatabaseError as exc:
+                    except OUTAGES as exc:
                         logger.warning("the event log can't be read: %s", exc)
                     except Exception:
                         # Subscribing again would not mend a message that makes no sense.
@@ -120,54 +280,65 @@ class Hub:
                 raise
             except Exception as exc:
                 logger.warning("no news from the channel layer: %r", exc)
+                # The layer keeps the channel of an attempt that failed, and would fill it for
+                # ever; in this event loop nobody but the hub uses the layer.
+                with contextlib.suppress(Exception):
+                    await layer.flush()
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _catch_up_forever(self) -> None:
         """Compare with the database again and again, and read what never arrived."""
         while True:
             await asyncio.sleep(CATCH_UP_SECONDS)
-            before = dict(self._seqs)
+            before = {drop_id: feed.seq for drop_id, feed in self._feeds.items()}
             try:
                 for drop_id, seq in (await database_sync_to_async(log.current_seqs)()).items():
-                    known = self._seqs.get(drop_id, 0)
+                    known = self._feed(drop_id).seq
                     if seq > known:
                         await self._read_missed(drop_id, seq)
                     elif seq < known and known == before.get(drop_id):
                         self._start_over(drop_id, seq)
-            except DatabaseError as exc:
+            except OUTAGES as exc:
                 logger.warning("the event log can't be read: %s", exc)
             except Exception:
                 # Whatever it was, clients must not be left without events for it.
                 logger.exception("catching up failed; trying again")
+            self._forget_old()
+
+    def _feed(self, drop_id: str) -> Feed:
+        feed = self._feeds.get(drop_id)
+        if feed is None:
+            feed = self._feeds[drop_id] = Feed(0)
+        return feed
 
     def _start_over(self, drop_id: str, seq: int) -> None:
         """Follow a drop whose numbers went back: a restored backup, or fresh demo data.
 
-        Its sockets know a past that is gone; they are told to connect again.
+        Its clients know a past that is gone; they are told to connect again.
         """
-        self._seqs[drop_id] = seq
-        for socket in self._watching_all | self._watching.get(drop_id, set()):
-            socket.reconnect()
+        is_new_here = self._feed(drop_id).seq == 0
+        self._feeds[drop_id] = Feed(seq)
+        self._snapshots.clear()
+        if is_new_here:
+            return
+        for client in [*self._audience(drop_id), *self._listening.get(drop_id, ())]:
+            client.reconnect()
 
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            now = datetime.now(UTC)
-            if self._watching_all:
-                frame = heartbeat_frame(self._seqs, now)
-                for socket in list(self._watching_all):
-                    socket.offer_heartbeat(frame)
-            for drop_id, sockets in list(self._watching.items()):
-                frame = heartbeat_frame({drop_id: self._seqs.get(drop_id, 0)}, now)
-                for socket in sockets - self._watching_all:
-                    socket.offer_heartbeat(frame)
+    def _forget_old(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for feed in self._feeds.values():
+            if feed.recent and now - feed.touched > REMEMBER_SECONDS:
+                feed.recent = feed.waiting = feed.singles = None
+        for key in [key for key, snapshot in self._snapshots.items() if not snapshot.is_fresh]:
+            del self._snapshots[key]
 
     async def _take(self, message: dict[str, Any]) -> None:
         """Pass on the events of a message; where it does not join on, read the log instead."""
         drop_id, events = message["drop_id"], message["events"]
-        if message["seq"] <= self._seqs.get(drop_id, 0):
+        known = self._feed(drop_id).seq
+        if message["seq"] <= known:
             return
-        if not events or events[0]["seq"] > self._seqs.get(drop_id, 0) + 1:
+        if not events or events[0]["seq"] > known + 1:
             return await self._read_missed(drop_id, message["seq"])
         self._pass_on(
             drop_id,
@@ -181,25 +352,142 @@ class Hub:
         # One reader per drop: two would pass the same events on twice, or in the wrong order.
         lock = self._locks.setdefault(drop_id, asyncio.Lock())
         async with lock:
-            while (known := self._seqs.get(drop_id, 0)) < up_to:
+            while (known := self._feed(drop_id).seq) < up_to:
                 events = await database_sync_to_async(log.events_after)(drop_id, known)
-                if not events:
-                    return
+                is_gone = not events or events[0][0] > known + 1
+                if is_gone and known == self._feed(drop_id).seq:
+                    # Pruned meanwhile, or never logged: nobody can be told of these.
+                    return self._start_over(drop_id, up_to)
                 self._pass_on(drop_id, events)
 
+    # --- Where they go ------------------------------------------------------------------
+
     def _pass_on(self, drop_id: str, events: Iterable[log.LoggedEvent]) -> None:
-        """Send events in order, each once; runs without a pause, so nothing comes between."""
+        """Take events in order, each once; runs without a pause, so nothing comes between.
+
+        Followers and listeners get each event. To sockets they go in turns, with what is
+        outdated by then left out.
+        """
+        feed = self._feed(drop_id)
+        frames: list[EventFrame] = []
         for seq, event_type, at, data in events:
-            prev = self._seqs.get(drop_id, 0)
-            if seq != prev + 1:
-                continue
-            self._seqs[drop_id] = seq
-            tell_followers(drop_id, [(seq, event_type, data)])
-            sockets = self._watching_all | self._watching.get(drop_id, set())
-            if sockets:
-                frame = event_frame(drop_id, seq, prev, event_type, at, data)
-                for socket in sockets:
-                    socket.offer(drop_id, seq, frame)
+            if seq == feed.seq + 1:
+                feed.seq = seq
+                frames.append(EventFrame(drop_id, seq, event_type, at, data))
+        if not frames:
+            return
+        tell_followers(drop_id, [(frame.seq, frame.type, frame.data) for frame in frames])
+        self.private.look_soon()
+        for listener in list(self._listening.get(drop_id, ())):
+            listener.hear(frames)
+        if not (self._watching_all or drop_id in self._watching):
+            feed.sent = feed.seq
+            feed.recent = feed.waiting = None
+            return
+        if feed.waiting is None:
+            feed.waiting = Waiting()
+        for frame in frames:
+            feed.waiting.add(frame)
+            feed.remember(frame)
+        loop = asyncio.get_running_loop()
+        feed.touched = loop.time()
+        if not feed.is_due:
+            feed.is_due = True
+            if feed.touched >= feed.next_turn:
+                self._due.put_nowait(drop_id)
+            else:
+                loop.call_at(feed.next_turn, self._due.put_nowait, drop_id)
+
+    async def _send_forever(self) -> None:
+        """Give each drop with news its turn; rest in between for as long as sending took."""
+        loop = asyncio.get_running_loop()
+        while True:
+            drop_id = await self._due.get()
+            began = loop.time()
+            try:
+                async with self._sending:
+                    await self._take_turn(drop_id)
+            except Exception:
+                logger.exception("sending failed; the drop's clients will find out by themselves")
+            spent = loop.time() - began
+            if spent > TURN_SECONDS / 10:
+                await asyncio.sleep(min(spent, LONGEST_BREAK_SECONDS))
+
+    async def _take_turn(self, drop_id: str) -> None:
+        feed = self._feed(drop_id)
+        feed.is_due = False
+        feed.next_turn = asyncio.get_running_loop().time() + TURN_SECONDS
+        audience = list(self._audience(drop_id))
+        for prev, frame in self._frames_of_turn(feed, len(audience)):
+            if self._frames.left() < 1:
+                await asyncio.sleep(1 / FRAMES_PER_SECOND)
+            self._frames.spend()
+            message = frame.message_after(prev)
+            for first in range(0, len(audience), SOCKETS_PER_SLICE):
+                for socket in audience[first : first + SOCKETS_PER_SLICE]:
+                    socket.offer(frame, prev, message)
+                if len(audience) > SOCKETS_PER_SLICE:
+                    # Requests have their turn as well.
+                    await asyncio.sleep(0)
+
+    def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
+        """Take what waits, each frame with its ``prev``; from then on it counts as sent."""
+        if feed.waiting is None:
+            return []
+        if feed.singles is None:
+            feed.singles = Allowance(SINGLES_PER_SECOND, SINGLES_BURST)
+        most = min(int(feed.singles.left()), max(5, SENDS_OF_SINGLES_PER_TURN // (sockets or 1)))
+        feed.singles.spend(min(len(feed.waiting.singles), most))
+        frames = feed.waiting.take(most)
+        self._frames_sent += len(frames)
+        chain = []
+        for frame in frames:
+            chain.append((feed.sent, frame))
+            feed.sent = frame.seq
+        return chain
+
+    # --- Heartbeats ---------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            try:
+                await self._beat_once()
+            except OUTAGES as exc:
+                logger.warning("no heartbeat without the database: %s", exc)
+
+    async def _beat_once(self) -> None:
+        for drop_id, sockets in list(self._watching.items()):
+            await self._send_heartbeat(drop_id, [drop_id], sockets - self._watching_all)
+        if self._watching_all:
+            current = await database_sync_to_async(log.current_drop_ids)()
+            await self._send_heartbeat("", current, self._watching_all)
+
+    async def _send_heartbeat(
+        self, key: str, drop_ids: Iterable[str], sockets: Iterable[Socket]
+    ) -> None:
+        audience = list(sockets)
+        async with self._sending:
+            seqs = {drop_id: self.sent(drop_id) for drop_id in drop_ids}
+            message = text_message(heartbeat_frame(seqs, datetime.now(UTC)))
+            for first in range(0, len(audience), SOCKETS_PER_SLICE):
+                for socket in audience[first : first + SOCKETS_PER_SLICE]:
+                    socket.offer_heartbeat(key, message)
+                await asyncio.sleep(0)
+
+
+def leave(groups: dict[str, set], key: str, member: Any) -> None:
+    """Remove ``member`` from the group, and the group with its last member."""
+    group = groups.get(key, set())
+    group.discard(member)
+    if not group:
+        groups.pop(key, None)
+
+
+def note_outcome(reading: asyncio.Task) -> None:
+    """Look at the outcome of a reading for which perhaps nobody waits any more."""
+    if not reading.cancelled() and isinstance(reading.exception(), ObjectDoesNotExist):
+        return
 
 
 _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()

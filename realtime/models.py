@@ -1,3 +1,4 @@
+from django.conf import settings
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
 
@@ -38,3 +39,15 @@ class Event(models.Model):
 
     def __str__(self) -> str:
         return f"{self.type} {self.seq}"
+
+
+class SocketTicket(models.Model):
+    """Lets one socket speak for a user, once and soon; see ``realtime.tickets``."""
+
+    # The ticket itself is only with the client: who reads this table can't use it.
+    digest = models.BinaryField(primary_key=True, max_length=32)
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="+")
+    expires_at = models.DateTimeField(db_index=True)
+
+    def __str__(self) -> str:
+        return f"{self.user_id} until {self.expires_at}"

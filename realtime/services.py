@@ -47,3 +47,24 @@ def append_events(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime)
     for drop_id, its_events in events.items():
         if its_events:
             transaction.on_commit(partial(publish, drop_id, its_events, now))
+
+
+def prune_events(hours: float, limit: int) -> int:
+    """Delete at most ``limit`` events older than ``hours``; return how many.
+
+    The oldest go first, so what is left of each drop's log has no gap. The newest event of a
+    drop is old as well, some day, and goes with the others: the drop's row keeps its number.
+    """
+    with connection.cursor() as cursor:
+        # By the primary key, which grows with time: the table needs no index for this. A
+        # transaction that took its id early may have committed late, but never an hour.
+        cursor.execute(
+            """
+            DELETE FROM realtime_event
+            WHERE id IN (
+                SELECT id FROM realtime_event ORDER BY id LIMIT %s
+            ) AND created_at < clock_timestamp() - make_interval(secs => %s)
+            """,
+            [limit, hours * 3600],
+        )
+        return cursor.rowcount

@@ -37,7 +37,8 @@ class ReservationQuerySet(models.QuerySet["Reservation"]):
 class Reservation(models.Model):
     """A user's claim on units of a drop; a purchase consumes it.
 
-    Active is the only state that changes: to consumed, expired, released or voided.
+    Active changes to consumed, expired, released or voided, and consumed to voided when
+    the purchase is refunded: only active and consumed ones count against a user's limit.
     Rows are never deleted, so the stock can be recomputed from them at any time.
     """
 
@@ -80,6 +81,10 @@ class Reservation(models.Model):
 
     class Meta:
         ordering = ["-created_at", "id"]
+        permissions = [
+            ("void_reservation", "Can void holds"),
+            ("export_reservation", "Can export reservations"),
+        ]
         constraints = [
             models.UniqueConstraint(
                 fields=["user", "drop"],

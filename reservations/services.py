@@ -26,8 +26,8 @@ from config.database import ClockTimestamp, read_clock
 from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
-from drops.models import Drop, Variant
-from drops.services import LockedDrop, lock_drop, lock_drops, save_drops
+from drops.models import Drop, DropStatus, Variant
+from drops.services import LockedDrop, change_drop, lock_drop, lock_drops, save_drops
 from realtime.models import EventType
 from reservations.exceptions import (
     AlreadyReserved,
@@ -437,6 +437,54 @@ def release(reservation_id: uuid.UUID, user: User) -> Reservation:
     return _end_hold(reservation_id, ReservationStatus.RELEASED, user_id=user.pk)
 
 
+def void_reservation(reservation_id: uuid.UUID) -> Reservation:
+    """Take a hold back from its user: its units are available again.
+
+    The event is that of a hold that ran out: to whoever watches it, it is gone.
+
+    Raises:
+        Reservation.DoesNotExist: no such reservation.
+        ReservationExpired, ReservationNotActive: there is nothing left to take back.
+    """
+    return _end_hold(reservation_id, ReservationStatus.VOIDED)
+
+
+@transaction.atomic
+def cancel_drop(drop_id: uuid.UUID) -> int:
+    """Cancel a drop and void what is held of it; what was purchased stays purchased.
+
+    One transaction, however many holds: nobody waits for a drop that is cancelled. That
+    its holds are void follows from the drop's own event, so there is none for each.
+
+    Returns:
+        How many holds were voided.
+    Raises:
+        Drop.DoesNotExist: no such drop.
+        ValidationError: it is cancelled already.
+    """
+    locked = lock_drop(drop_id)
+    now = read_clock()
+    if locked.drop.status == DropStatus.CANCELLED:
+        error = ErrorDetail("This drop is cancelled already.", "not_allowed")
+        raise ValidationError({"status": [error]})
+    holds = list(
+        Reservation.objects.active()
+        .filter(drop=locked.drop)
+        .select_for_update(no_key=True)
+        .order_by("pk")
+    )
+    Reservation.objects.filter(pk__in=[hold.pk for hold in holds]).update(
+        status=ReservationStatus.VOIDED
+    )
+    for hold in holds:
+        locked.move(locked.variants[hold.variant_id], available=hold.quantity)
+    if holds:
+        locked.record_stock()
+    change_drop(locked, {"status": DropStatus.CANCELLED}, now)
+    locked.save(now)
+    return len(holds)
+
+
 @transaction.atomic
 def _end_hold(
     reservation_id: uuid.UUID, status: ReservationStatus, **owner: uuid.UUID
@@ -456,9 +504,19 @@ def _end_hold(
     reservation.save(update_fields=["status"])
     reservation.drop = locked.drop
     locked.move(locked.variants[reservation.variant_id], available=reservation.quantity)
+    if status == ReservationStatus.VOIDED:
+        record_end(locked, reservation_id)
     locked.record_stock()
     locked.save(now)
     return reservation
+
+
+def record_end(locked: LockedDrop, reservation_id: uuid.UUID) -> None:
+    """Append that a hold is over, and not because its user wanted it to be."""
+    locked.record(
+        EventType.RESERVATION_EXPIRED,
+        {"dropId": str(locked.drop.pk), "reservationId": str(reservation_id)},
+    )
 
 
 def expire_overdue(
@@ -496,10 +554,7 @@ def expire_overdue(
     units: Counter[uuid.UUID] = Counter()
     for pk, variant_id, quantity in overdue:
         units[variant_id] += quantity
-        locked.record(
-            EventType.RESERVATION_EXPIRED,
-            {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
-        )
+        record_end(locked, pk)
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
     return ids
@@ -558,14 +613,24 @@ def _expire_drop(drop_id: uuid.UUID, batch: int) -> ExpiredHolds:
 
 def seconds_until_next_deadline() -> float | None:
     """Return how long until the next active hold is due (0 if overdue), None without holds."""
-    next_deadline = (
+    seconds = _seconds_to_first_deadline()
+    return None if seconds is None else max(0.0, seconds)
+
+
+def seconds_overdue() -> float:
+    """Return how long the oldest overdue hold has been waiting for an expiry loop."""
+    return max(0.0, -(_seconds_to_first_deadline() or 0.0))
+
+
+def _seconds_to_first_deadline() -> float | None:
+    deadlines = (
         Drop.objects.annotate(due_at=_first_deadline())
         .filter(due_at__isnull=False)
         .aggregate(first=Min("due_at"), now=Max(ClockTimestamp()))
     )
-    if next_deadline["first"] is None:
+    if deadlines["first"] is None:
         return None
-    return max(0.0, (next_deadline["first"] - next_deadline["now"]).total_seconds())
+    return (deadlines["first"] - deadlines["now"]).total_seconds()
 
 
 def _first_deadline() -> Subquery:

@@ -23,3 +23,11 @@ def list_pages(client: Any, model: type, make_rows: Callable[[int], None]) -> li
         make_rows(count)
         pages.append(read_page(client, model, "changelist"))
     return pages
+
+
+def act(client: Any, row: Any, action: str, *, confirmed: str = "yes", **fields: Any) -> Any:
+    """Send the confirmed form of a staff action on ``row``; without ``confirmed``, ask first."""
+    meta = row._meta
+    url = reverse(f"admin:{meta.app_label}_{meta.model_name}_act", args=[row.pk, action])
+    given = {"reason": "Asked for"} | fields | ({"confirmed": confirmed} if confirmed else {})
+    return client.post(url, given)

@@ -20,6 +20,9 @@ class User(AbstractUser):
 
     REQUIRED_FIELDS = []
 
+    def get_full_name(self) -> str:
+        return self.username
+
 
 class IdempotencyKey(models.Model):
     """The answer to a request that its sender may repeat.

@@ -1,3 +1,6 @@
+import re
+from datetime import timedelta
+
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.db import connection
@@ -5,11 +8,15 @@ from django.urls import reverse
 from django.utils import timezone
 
 from config.problems import Busy
-from drops.exceptions import StockCommitted
 from drops.models import Drop, DropStatus, StockAdjustment, Variant
+from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from purchases.services import purchase, refund_purchase
+from purchases.tests.factories import PurchaseFactory
 from realtime.models import EventType
-from tests.admin import list_pages, read_page
+from reservations.services import Claim, reserve, void_reservation
+from tests.admin import act, list_pages, read_page
+from users.tests.factories import UserFactory
 
 SIZES = {"EU 42": 3, "EU 43": 4}
 
@@ -49,13 +56,6 @@ def add_drop(client, **fields):
     )
 
 
-def adjust(client, variant, delta, reason="Recount"):
-    return client.post(
-        reverse("admin:drops_stockadjustment_add"),
-        {"variant": variant.pk, "delta": delta, "reason": reason},
-    )
-
-
 def form_errors(response):
     assert response.status_code == 200
     return response.context["adminform"].errors
@@ -79,13 +79,6 @@ def test_the_list_of_drops_takes_the_same_statements_for_5_and_25(admin_client):
     assert few == many
 
 
-def test_the_list_of_variants_takes_the_same_statements_for_5_and_25(admin_client):
-    (few_status, few), (many_status, many) = list_pages(admin_client, Variant, make_drops)
-
-    assert (few_status, many_status) == (200, 200)
-    assert few == many
-
-
 def test_the_list_of_adjustments_takes_the_same_statements_for_5_and_25(admin_client):
     pages = list_pages(admin_client, StockAdjustment, make_adjustments)
 
@@ -102,20 +95,6 @@ def test_the_page_of_a_drop_takes_the_same_statements_for_1_size_and_20(admin_cl
     )
 
 
-@pytest.mark.parametrize("page", ["changelist", "add"])
-@pytest.mark.parametrize("model", [Drop, StockAdjustment])
-def test_lists_and_add_pages_open(admin_client, model, page):
-    assert read_page(admin_client, model, page)[0] == 200
-
-
-def test_variants_and_adjustments_open_for_reading(admin_client):
-    make_adjustments(1)
-
-    adjustment = StockAdjustment.objects.get()
-    assert read_page(admin_client, Variant, "change", adjustment.variant_id)[0] == 200
-    assert read_page(admin_client, StockAdjustment, "change", adjustment.pk)[0] == 200
-
-
 def test_finds_drops_by_exact_id_and_by_part_of_the_name(admin_client):
     wanted, other = DropFactory(name="Tidewalker"), DropFactory(name="Courier")
     url = reverse("admin:drops_drop_changelist")
@@ -130,7 +109,7 @@ def test_finds_drops_by_exact_id_and_by_part_of_the_name(admin_client):
 def test_a_search_for_nonsense_is_no_error(admin_client, query):
     make_adjustments(1)
 
-    for model in (Drop, Variant, StockAdjustment):
+    for model in (Drop, StockAdjustment):
         assert read_page(admin_client, model, "changelist", q=query)[0] == 200
 
 
@@ -145,14 +124,6 @@ def test_an_edit_is_announced(admin_client):
     assert (event.data["drop"]["name"], event.data["drop"]["max_per_user"]) == ("New", None)
     drop.refresh_from_db()
     assert (drop.name, drop.max_per_user, drop.seq) == ("New", None, 1)
-
-
-def test_publishing_a_draft_announces_it_as_created(admin_client):
-    drop = DropFactory(draft=True)
-
-    save_drop(admin_client, drop, status=DropStatus.LIVE)
-
-    assert drop.events.get().type == EventType.DROP_CREATED
 
 
 def test_saving_an_unchanged_form_announces_nothing(admin_client):
@@ -184,6 +155,7 @@ def test_stock_and_what_services_keep_cannot_be_written_through_the_form(admin_c
             "seq": 77,
             "currency": "EUR",
             "latest_purchasers": "[1]",
+            "status": "cancelled",
             "created_by": "",
             "variants-TOTAL_FORMS": 1,
             "variants-INITIAL_FORMS": 1,
@@ -197,10 +169,8 @@ def test_stock_and_what_services_keep_cannot_be_written_through_the_form(admin_c
 
     assert response.status_code == 302
     fields = ("total_stock", "available_stock", "sold_stock")
-    assert Drop.objects.values_list(*fields, "seq", "currency", "latest_purchasers").get() == (
-        *(7, 7, 0, 0, "USD"),
-        [],
-    )
+    kept = ("seq", "status", "currency", "latest_purchasers")
+    assert Drop.objects.values_list(*fields, *kept).get() == (7, 7, 0, 0, "live", "USD", [])
     assert list(drop.variants.values_list("label", *fields)) == [
         ("EU 42", 3, 3, 0),
         ("EU 43", 4, 4, 0),
@@ -210,7 +180,6 @@ def test_stock_and_what_services_keep_cannot_be_written_through_the_form(admin_c
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"status": DropStatus.DRAFT}, "status"),
         ({"price": "1.999"}, "price"),
         ({"price": "-1"}, "price"),
         ({"name": "<b>bold</b>"}, "name"),
@@ -303,84 +272,6 @@ def test_a_drop_cannot_be_deleted(admin_client):
     assert Drop.objects.get() == drop
 
 
-def test_variants_can_be_neither_added_changed_nor_deleted(admin_client):
-    variant = DropFactory().variants.get()
-
-    assert admin_client.post(reverse("admin:drops_variant_add")).status_code == 403
-    for page in ("change", "delete"):
-        url = reverse(f"admin:drops_variant_{page}", args=[variant.pk])
-        assert admin_client.post(url, {"label": "EU 50"}).status_code == 403
-    assert Variant.objects.values_list("label").get() == ("One size",)
-
-
-def test_an_adjustment_moves_the_stock_and_announces_it(admin_client, admin_user):
-    drop = DropFactory(total_stock=10)
-    variant = drop.variants.get()
-
-    response = adjust(admin_client, variant, -4, "Damaged")
-
-    assert response.status_code == 302
-    for stock in (Drop.objects.get(), Variant.objects.get()):
-        assert (stock.total_stock, stock.available_stock) == (6, 6)
-    stock, update = drop.events.order_by("seq")
-    assert (stock.type, stock.data["availableStock"]) == (EventType.STOCK_UPDATED, 6)
-    assert (update.type, update.data["drop"]["total_stock"]) == (EventType.DROP_UPDATED, 6)
-    adjustment = StockAdjustment.objects.get()
-    assert (adjustment.delta, adjustment.reason, adjustment.created_by) == (
-        *(-4, "Damaged"),
-        admin_user,
-    )
-    assert LogEntry.objects.get().object_id == str(adjustment.pk)
-
-
-@pytest.mark.parametrize(
-    ("delta", "field", "message"),
-    [
-        (-11, "__all__", StockCommitted.default_detail),
-        (0, "delta", "Must not be 0 or exceed 2147483647 in all."),
-        (2**31 - 1, "delta", "Must not be 0 or exceed 2147483647 in all."),
-        (10**30, "delta", "Must not be 0 or exceed 2147483647 in all."),
-    ],
-)
-def test_a_refused_adjustment_is_a_form_error_and_changes_nothing(
-    admin_client, delta, field, message
-):
-    drop = DropFactory(total_stock=10)
-
-    response = adjust(admin_client, drop.variants.get(), delta)
-
-    assert form_errors(response) == {field: [message]}
-    for stock in (Drop.objects.get(), Variant.objects.get()):
-        assert (stock.total_stock, stock.available_stock) == (10, 10)
-    assert not StockAdjustment.objects.exists()
-    assert not drop.events.exists()
-
-
-def test_an_adjustment_of_an_unknown_variant_is_a_form_error(admin_client):
-    variant = Variant(label="EU 42")
-
-    assert list(form_errors(adjust(admin_client, variant, 1))) == ["variant"]
-
-
-def test_an_adjustment_is_final(admin_client):
-    make_adjustments(1)
-    adjustment = StockAdjustment.objects.get()
-
-    for page in ("change", "delete"):
-        url = reverse(f"admin:drops_stockadjustment_{page}", args=[adjustment.pk])
-        assert admin_client.post(url, {"delta": 5}).status_code == 403
-    assert StockAdjustment.objects.values_list("delta").get() == (1,)
-
-
-def test_the_adjust_link_of_a_size_fills_in_the_variant(admin_client):
-    drop = DropFactory()
-    url = f"{reverse('admin:drops_stockadjustment_add')}?variant={drop.variants.get().pk}"
-
-    page = admin_client.get(reverse("admin:drops_drop_change", args=[drop.pk]))
-    assert f'href="{url}"' in page.content.decode()
-    assert f'value="{drop.variants.get().pk}"' in admin_client.get(url).content.decode()
-
-
 def test_shows_the_latest_purchasers_as_text(admin_client):
     entry = {"user_id": "1", "username": "<ada>", "qty": 2, "created_at": "2026-11-22T18:00:00Z"}
     drop = DropFactory(latest_purchasers=[entry])
@@ -409,3 +300,268 @@ def test_a_drop_that_stays_locked_is_a_form_error_and_changes_nothing(admin_clie
 
     assert form_errors(response) == {"__all__": [Busy.default_detail]}
     assert Drop.objects.values_list("name", "seq").get() == ("Old", 0)
+
+
+def test_lists_and_pages_open(admin_client):
+    make_adjustments(1)
+    adjustment = StockAdjustment.objects.get()
+
+    for model in (Drop, StockAdjustment):
+        assert read_page(admin_client, model, "changelist")[0] == 200
+    assert read_page(admin_client, Drop, "add")[0] == 200
+    assert read_page(admin_client, StockAdjustment, "change", adjustment.pk)[0] == 200
+
+
+def test_adjustments_can_be_neither_added_changed_nor_deleted_on_their_pages(admin_client):
+    make_adjustments(1)
+    adjustment = StockAdjustment.objects.get()
+
+    assert admin_client.post(reverse("admin:drops_stockadjustment_add")).status_code == 403
+    for page in ("change", "delete"):
+        url = reverse(f"admin:drops_stockadjustment_{page}", args=[adjustment.pk])
+        assert admin_client.post(url, {"delta": 5}).status_code == 403
+    assert StockAdjustment.objects.values_list("delta").get() == (1,)
+
+
+# --- Running a drop ---------------------------------------------------------------------
+
+
+def hours(number):
+    return timezone.now() + timedelta(hours=number)
+
+
+@pytest.mark.parametrize(
+    ("action", "before", "after", "event"),
+    [
+        ("publish", {"draft": True}, "live", "DROP_CREATED"),
+        ("publish", {"draft": True, "starts_at": hours(2)}, "scheduled", "DROP_CREATED"),
+        ("pause", {}, "paused", "DROP_UPDATED"),
+        ("pause", {"upcoming": True}, "paused", "DROP_UPDATED"),
+        ("resume", {"status": "paused"}, "live", "DROP_UPDATED"),
+        ("resume", {"status": "paused", "starts_at": hours(2)}, "scheduled", "DROP_UPDATED"),
+        ("end", {}, "ended", "DROP_UPDATED"),
+        ("end", {"status": "paused"}, "ended", "DROP_UPDATED"),
+    ],
+)
+def test_an_action_is_announced_and_logged(admin_client, admin_user, action, before, after, event):
+    drop = DropFactory(**before)
+
+    response = act(admin_client, drop, action, reason="Because")
+
+    assert response.status_code == 302
+    drop.refresh_from_db()
+    assert drop.status == after
+    told = drop.events.get()
+    assert (told.type, told.data["drop"]["status"]) == (event, after)
+    entry = LogEntry.objects.get()
+    assert (entry.user, entry.object_id) == (admin_user, str(drop.pk))
+    assert entry.change_message.endswith("Why: Because")
+
+
+def test_an_action_needs_a_reason(admin_client):
+    drop = DropFactory()
+
+    response = act(admin_client, drop, "pause", reason=" ")
+
+    assert response.context["form"].errors == {"reason": ["This field is required."]}
+    assert nothing_was_done(drop, status="live")
+
+
+def nothing_was_done(drop, *, status):
+    drop.refresh_from_db()
+    return (
+        (drop.status, drop.seq) == (status, 0)
+        and not drop.events.exists()
+        and not LogEntry.objects.exists()
+        and not StockAdjustment.objects.exists()
+    )
+
+
+NONSENSE = {
+    "publish": ({}, {"upcoming": True}, {"status": "paused"}),
+    "schedule": ({}, {"status": "paused"}, {"over": True}),
+    "pause": ({"draft": True}, {"status": "paused"}, {"over": True}),
+    "resume": ({}, {"draft": True}, {"status": "ended"}),
+    "end": ({"draft": True}, {"status": "ended"}, {"over": True}),
+    "adjust": ({"status": "cancelled"}, {"over": True}),
+    "cancel": ({"status": "cancelled"},),
+    "refund-all": ({"status": "cancelled"},),
+}
+
+
+@pytest.mark.parametrize("action", NONSENSE)
+def test_what_makes_no_sense_is_not_done(admin_client, action):
+    for state in NONSENSE[action]:
+        drop = DropFactory(**state)
+        assert act(admin_client, drop, action).status_code == 302
+        assert nothing_was_done(drop, status=drop.status)
+
+
+def test_a_page_offers_what_the_state_of_the_drop_allows(admin_client):
+    offers = {
+        "draft": "publish schedule adjust cancel",
+        "scheduled": "schedule pause end adjust cancel",
+        "live": "pause end adjust cancel",
+        "paused": "resume end adjust cancel",
+        "ended": "cancel",
+        "cancelled": "",
+    }
+    for status, expected in offers.items():
+        drop = DropFactory(status=status, starts_at=hours(2) if status == "scheduled" else None)
+        offered = re.findall(r"/do/([a-z-]+)/", page_of(admin_client, drop))
+        assert offered == expected.split()
+
+
+def page_of(client, drop):
+    url = reverse("admin:drops_drop_change", args=[drop.pk])
+    return client.get(url).content.decode()
+
+
+def test_an_unknown_action_or_row_is_not_found(admin_client):
+    assert act(admin_client, DropFactory(), "destroy").status_code == 404
+    assert act(admin_client, DropFactory.build(), "pause").status_code == 404
+
+
+def test_scheduling_asks_when_and_then_whether_that_is_right(admin_client):
+    drop = DropFactory(draft=True)
+    starts_at = {"starts_at": "2040-01-02T18:00"}
+
+    asked = act(admin_client, drop, "schedule", confirmed="", **starts_at)
+
+    assert asked.context["is_preview"]
+    assert "2 January 2040, 18:00 UTC" in asked.content.decode()
+    assert nothing_was_done(drop, status="draft")
+
+    assert act(admin_client, drop, "schedule", **starts_at).status_code == 302
+    drop.refresh_from_db()
+    assert (drop.status, f"{drop.starts_at:%F %R}") == ("scheduled", "2040-01-02 18:00")
+    assert drop.events.get().type == EventType.DROP_CREATED
+
+
+@pytest.mark.parametrize("when", ["2020-01-01T00:00", "soon", ""])
+def test_a_start_that_is_none_is_an_error(admin_client, when):
+    drop = DropFactory(draft=True)
+
+    response = act(admin_client, drop, "schedule", starts_at=when)
+
+    assert list(response.context["form"].errors) == ["starts_at"]
+    assert nothing_was_done(drop, status="draft")
+
+
+def test_an_adjustment_is_previewed_then_moves_the_stock_and_tells(admin_client, admin_user):
+    drop = DropFactory(sizes={"EU 42": 10, "EU 43": 1})
+    variant = drop.variants.first()
+    given = {"variant": variant.pk, "delta": -4, "reason": "Damaged"}
+
+    asked = act(admin_client, drop, "adjust", confirmed="", **given)
+
+    assert "EU 42: 10 units in all become 6." in asked.content.decode()
+    assert nothing_was_done(drop, status="live")
+
+    assert act(admin_client, drop, "adjust", **given).status_code == 302
+    drop.refresh_from_db()
+    variant.refresh_from_db()
+    assert (drop.total_stock, drop.available_stock) == (7, 7)
+    assert (variant.total_stock, variant.available_stock) == (6, 6)
+    stock, update = drop.events.order_by("seq")
+    assert (stock.type, stock.data["availableStock"]) == (EventType.STOCK_UPDATED, 7)
+    assert (update.type, update.data["drop"]["total_stock"]) == (EventType.DROP_UPDATED, 7)
+    adjustment = StockAdjustment.objects.get()
+    assert (adjustment.delta, adjustment.reason) == (-4, "Damaged")
+    assert adjustment.created_by == admin_user
+    assert LogEntry.objects.get().change_message == "Adjusted EU 42 by -4. Why: Damaged"
+
+
+@pytest.mark.parametrize(
+    ("delta", "field", "message"),
+    [
+        (-11, "delta", "Only 10 are available to be withdrawn."),
+        (0, "delta", "Must not be 0 or exceed 2147483647 in all."),
+        (2**31 - 1, "delta", "Must not be 0 or exceed 2147483647 in all."),
+        (10**30, "delta", "Must not be 0 or exceed 2147483647 in all."),
+        ("many", "delta", "Enter a whole number."),
+    ],
+)
+def test_a_refused_adjustment_is_an_error_and_changes_nothing(admin_client, delta, field, message):
+    drop = DropFactory(total_stock=10)
+
+    response = act(admin_client, drop, "adjust", variant=drop.variants.get().pk, delta=delta)
+
+    assert response.context["form"].errors == {field: [message]}
+    for stock in (Drop.objects.get(), Variant.objects.get()):
+        assert (stock.total_stock, stock.available_stock) == (10, 10)
+    assert nothing_was_done(drop, status="live")
+
+
+def test_a_size_of_another_drop_cannot_be_adjusted(admin_client):
+    drop, other = DropFactory(), DropFactory()
+
+    response = act(admin_client, drop, "adjust", variant=other.variants.get().pk, delta=1)
+
+    assert list(response.context["form"].errors) == ["variant"]
+    assert nothing_was_done(other, status="live")
+
+
+# --- A drop's timeline ------------------------------------------------------------------
+
+
+def read_timeline(client, drop, **query):
+    return client.get(reverse("admin:drops_drop_timeline", args=[drop.pk]), query)
+
+
+def test_the_timeline_tells_the_events_newest_first_and_goes_back(admin_client):
+    drop = DropFactory(draft=True, sizes=SIZES)
+    update_drop(drop.pk, status=DropStatus.LIVE)
+    for number in range(60):
+        update_drop(drop.pk, name=f"Renamed <{number}>")
+
+    newest = read_timeline(admin_client, drop)
+    older = read_timeline(admin_client, drop, before=newest.context["older"])
+
+    assert [event.seq for event, _ in newest.context["events"]] == list(range(61, 11, -1))
+    assert [event.seq for event, _ in older.context["events"]] == list(range(11, 0, -1))
+    assert older.context["older"] is None
+    words = [words for _, words in older.context["events"]]
+    assert words[-2:] == ["Changed: live, 7 units", "Published, live"]
+
+
+def test_every_kind_of_event_has_words(admin_client):
+    drop, user = DropFactory(), UserFactory(username="<ada>")
+    reserve(drop.pk, Claim(user.pk))
+    purchase(drop.pk, user.pk)
+    void_reservation(reserve(drop.pk, Claim(UserFactory().pk)).pk)
+    refund_purchase(drop.purchases.get().pk, restock=True, reason="Late", user=user)
+
+    page = read_timeline(admin_client, drop)
+
+    words = [words for _, words in page.context["events"]]
+    assert words[::-1] == [
+        "9 available",
+        "<ada> purchased",
+        "Latest: <ada>",
+        "8 available",
+        "A hold ended without a purchase",
+        "9 available",
+        "No purchases any more",
+        "10 available",
+    ]
+    assert "&lt;ada&gt; purchased" in page.content.decode()
+
+
+def test_the_sell_through_counts_units_by_second_of_the_sale(admin_client):
+    opened = timezone.now().replace(microsecond=0) - timedelta(hours=1)
+    drop = DropFactory(starts_at=opened)
+    for second, quantity in ((3, 1), (3.9, 2), (4.1, 1), (70, 3)):
+        at = opened + timedelta(seconds=second)
+        PurchaseFactory(
+            reservation__drop=drop, reservation__quantity=quantity, amount=1, created_at=at
+        )
+
+    sales = read_timeline(admin_client, drop).context["sales"]
+
+    assert sales["seconds"] == [(3, 3), (4, 1), (70, 3)]
+
+
+@pytest.mark.parametrize("before", ["x", "-1", "9" * 30, "²"])
+def test_a_timeline_from_nonsense_is_no_error(admin_client, before):
+    assert read_timeline(admin_client, DropFactory(), before=before).status_code == 200

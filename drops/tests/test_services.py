@@ -4,14 +4,22 @@ from decimal import Decimal
 from functools import partial
 
 import pytest
-from django.db import transaction
+from django.db import connection, transaction
 from django.utils import timezone
 from rest_framework.exceptions import ValidationError
 
+from config.database import read_clock
 from drops.exceptions import StockCommitted
 from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropSerializer
-from drops.services import ALLOWED_STATUS_CHANGES, adjust_stock, create_drop, lock_drop, update_drop
+from drops.services import (
+    ALLOWED_STATUS_CHANGES,
+    adjust_stock,
+    announce_windows,
+    create_drop,
+    lock_drop,
+    update_drop,
+)
 from drops.tests.factories import DropFactory
 from realtime.models import Event
 from tests.concurrency import another_session, at_once, blocked
@@ -358,3 +366,81 @@ def test_the_lock_lets_rows_refer_to_the_drop():
             # What an insert that refers to the drop takes.
             other.execute("SELECT FROM drops_drop WHERE id = %s FOR KEY SHARE NOWAIT", [drop.pk])
             assert other.rowcount == 1
+
+
+# --- Windows ----------------------------------------------------------------------------
+
+
+def in_seconds(seconds: float):
+    return read_clock() + timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"status": "scheduled", "starts_at": -1}, 1),
+        ({"status": "live", "starts_at": -1}, 1),
+        ({"status": "live", "ends_at": -1}, 1),
+        ({"status": "paused", "ends_at": -1}, 1),
+        ({"status": "live", "starts_at": -2, "ends_at": -1}, 1),
+        ({"status": "scheduled", "starts_at": 60}, 0),
+        ({"status": "live", "ends_at": 60}, 0),
+        ({"status": "paused", "starts_at": -1}, 0),
+        ({"status": "draft", "starts_at": -1}, 0),
+        ({"status": "cancelled", "ends_at": -1}, 0),
+        ({"status": "live", "starts_at": -20, "ends_at": 60}, 0),
+        ({"status": "live"}, 0),
+    ],
+)
+def test_announces_a_window_that_opened_or_closed_once(db, fields, told):
+    moments = {k: in_seconds(v) for k, v in fields.items() if k != "status"}
+    drop = DropFactory(status=fields["status"], **moments, window_told_at=in_seconds(-10))
+
+    assert [announce_windows(), announce_windows()] == [told, 0]
+
+    events = list(drop.events.values_list("seq", "type"))
+    assert events == [(1, "DROP_UPDATED")] * told
+    if told:
+        shown = drop.events.get().data["drop"]
+        assert shown["status"] == Drop.objects.read_now().get().status_at(read_clock())
+
+
+def test_what_was_announced_with_a_change_is_not_announced_again(db):
+    drop = DropFactory(status="scheduled", starts_at=in_seconds(60))
+
+    update_drop(drop.pk, starts_at=in_seconds(-1))
+    assert announce_windows() == 0
+    update_drop(drop.pk, ends_at=in_seconds(3600))
+    Drop.objects.update(window_told_at=in_seconds(-10), ends_at=in_seconds(-0.5))
+    assert announce_windows() == 1
+    assert list(drop.events.values_list("type", flat=True)) == ["DROP_UPDATED"] * 3
+
+
+@pytest.mark.django_db(transaction=True)
+def test_any_number_of_loops_announce_each_window_once():
+    for _ in range(10):
+        DropFactory(starts_at=in_seconds(-1), window_told_at=in_seconds(-10))
+
+    assert sum(at_once(*[announce_windows] * 4)) == 10
+
+    assert [drop.events.count() for drop in Drop.objects.all()] == [1] * 10
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_change_of_stock_touches_no_index():
+    drop = DropFactory(starts_at=in_seconds(60), ends_at=in_seconds(120))
+    variant, staff = drop.variants.get(), UserFactory(staff=True)
+    before = updates_within_the_page()
+
+    for _ in range(20):
+        adjust_stock(variant.pk, 1, reason="count", user=staff)
+
+    # Not all, because now and then a page is full until it is tidied up.
+    assert updates_within_the_page() - before > 15
+
+
+def updates_within_the_page() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_stat_force_next_flush()")
+        cursor.execute("SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'drops_drop'")
+        return cursor.fetchone()[0]

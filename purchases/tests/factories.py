@@ -25,4 +25,7 @@ class PurchaseFactory(DjangoModelFactory):
     created_at = factory.LazyFunction(timezone.now)
 
     class Params:
-        refunded = factory.Trait(status=PurchaseStatus.REFUNDED)
+        refunded = factory.Trait(
+            status=PurchaseStatus.REFUNDED,
+            reservation=factory.SubFactory(ReservationFactory, voided=True),
+        )

@@ -9,11 +9,19 @@ from django.db import connection
 from django.utils import timezone
 
 from drops.exceptions import DropCancelled, DropEnded, DropPaused, format_instant
-from drops.models import Drop
+from drops.models import Drop, StockAdjustment
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from purchases.audit import audit_stock
+from purchases.exceptions import AlreadyRefunded
 from purchases.models import Purchase
-from purchases.services import latest_paid, purchase, purchase_many
+from purchases.services import (
+    latest_paid,
+    purchase,
+    purchase_many,
+    refund_all,
+    refund_purchase,
+)
 from purchases.tests.factories import PurchaseFactory
 from realtime.models import Event
 from reservations.exceptions import (
@@ -68,6 +76,7 @@ def test_a_purchase_consumes_the_hold_and_tells(db):
         "dropId": str(drop.pk),
         "username": user.username,
         "purchasedAt": at,
+        "qty": 2,
     }
     assert (activity.type, activity.seq) == ("ACTIVITY_UPDATED", 3)
     assert activity.data == {
@@ -75,6 +84,7 @@ def test_a_purchase_consumes_the_hold_and_tells(db):
         "latestPurchasers": [
             {"userId": str(user.pk), "username": user.username, "qty": 2, "createdAt": at}
         ],
+        "soldStock": 2,
     }
     assert drop.seq == 3
 
@@ -377,3 +387,149 @@ def test_the_feed_reads_three_purchases_of_thousands(db):
     assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "purchase_by_drop")
     assert scan["Actual Rows"] == 3
     assert scan.get("Rows Removed by Filter", 0) == 0
+
+
+# --- Refund -----------------------------------------------------------------------------
+
+
+def buy(drop, *, quantity=1, variant=None):
+    user = UserFactory()
+    reserve(drop.pk, Claim(user.pk, variant, quantity))
+    return purchase(drop.pk, user.pk)
+
+
+def news(drop, after):
+    return list(drop.events.filter(seq__gt=after).order_by("seq").values_list("type", "data"))
+
+
+def test_a_refund_with_restocking_gives_the_units_back_and_tells(db):
+    drop = DropFactory(total_stock=10, max_per_user=2)
+    bought, clerk = buy(drop, quantity=2), UserFactory()
+    drop.refresh_from_db()
+    before = drop.seq
+
+    refunded = refund_purchase(bought.pk, restock=True, reason="Wrong size", user=clerk)
+
+    assert refunded.status == Purchase.objects.get().status == "refunded"
+    assert Reservation.objects.get().status == "VOIDED"
+    assert stock(drop) == stock(drop.variants.get()) == (10, 10, 0)
+    assert drop.latest_purchasers == []
+    (feed, feed_data), (units, units_data) = news(drop, before)
+    assert (feed, feed_data["latestPurchasers"]) == ("ACTIVITY_UPDATED", [])
+    assert (units, units_data["availableStock"]) == ("STOCK_UPDATED", 10)
+    assert not StockAdjustment.objects.exists()
+
+
+def test_a_refund_without_restocking_takes_the_units_out_of_the_total(db):
+    drop = DropFactory(sizes={"EU 42": 3, "EU 43": 4})
+    variant, clerk = drop.variants.last(), UserFactory()
+    bought = buy(drop, variant=variant.pk)
+    drop.refresh_from_db()
+    before = drop.seq
+
+    refund_purchase(bought.pk, restock=False, reason="Came back damaged", user=clerk)
+
+    assert (stock(drop), stock(variant)) == ((6, 6, 0), (3, 3, 0))
+    adjustment = StockAdjustment.objects.get()
+    assert (adjustment.variant, adjustment.delta, adjustment.created_by) == (variant, -1, clerk)
+    assert adjustment.reason == "Came back damaged"
+    (feed, _), (units, units_data), (update, data) = news(drop, before)
+    assert (feed, units, update) == ("ACTIVITY_UPDATED", "STOCK_UPDATED", "DROP_UPDATED")
+    assert (units_data["availableStock"], units_data["soldStock"]) == (6, 0)
+    assert (data["drop"]["total_stock"], data["drop"]["available_stock"]) == (6, 6)
+
+
+def test_a_refund_of_an_old_purchase_leaves_the_feed_alone(db):
+    drop = DropFactory()
+    oldest, *latest = [buy(drop) for _ in range(4)]
+    drop.refresh_from_db()
+    before = drop.seq
+
+    refund_purchase(oldest.pk, restock=True, reason="Asked for", user=UserFactory())
+
+    drop.refresh_from_db()
+    assert [entry["username"] for entry in drop.latest_purchasers] == [
+        bought.user.username for bought in reversed(latest)
+    ]
+    assert [kind for kind, _ in news(drop, before)] == ["STOCK_UPDATED"]
+
+
+def test_the_feed_is_filled_up_again_after_a_refund(db):
+    drop = DropFactory()
+    purchases = [buy(drop) for _ in range(4)]
+
+    refund_purchase(purchases[-1].pk, restock=True, reason="Asked for", user=UserFactory())
+
+    drop.refresh_from_db()
+    assert [entry["username"] for entry in drop.latest_purchasers] == [
+        bought.user.username for bought in reversed(purchases[:3])
+    ]
+
+
+@pytest.mark.parametrize("restock", [True, False])
+def test_a_refunded_unit_no_longer_counts_against_the_limit(db, restock):
+    drop = DropFactory(total_stock=3, max_per_user=1)
+    bought = buy(drop)
+    refund_purchase(bought.pk, restock=restock, reason="Asked for", user=UserFactory())
+
+    again = reserve(drop.pk, Claim(bought.user_id))
+
+    assert again.is_new
+    assert purchase(drop.pk, bought.user_id).reservation_id == again.pk
+
+
+def test_a_repeat_after_the_refund_gets_the_same_purchase(db):
+    drop = DropFactory()
+    bought = buy(drop)
+    refund_purchase(bought.pk, restock=True, reason="Asked for", user=UserFactory())
+
+    again = purchase(drop.pk, bought.user_id)
+
+    assert (again.pk, again.status, again.is_new) == (bought.pk, "refunded", False)
+
+
+def test_a_purchase_is_refunded_once(db):
+    drop = DropFactory()
+    bought = buy(drop)
+    refund_purchase(bought.pk, restock=True, reason="Asked for", user=UserFactory())
+    drop.refresh_from_db()
+    before = drop.seq
+
+    with pytest.raises(AlreadyRefunded):
+        refund_purchase(bought.pk, restock=False, reason="Again", user=UserFactory())
+
+    assert stock(drop) == (10, 10, 0)
+    assert drop.seq == before
+    assert not StockAdjustment.objects.exists()
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("restock", [True, False])
+def test_all_refunds_of_a_drop_leave_the_books_balanced(restock):
+    drop, clerk = DropFactory(sizes={"EU 42": 5, "EU 43": 5}, max_per_user=2), UserFactory()
+    for variant in drop.variants.all():
+        for quantity in (1, 2):
+            buy(drop, variant=variant.pk, quantity=quantity)
+    reserve(drop.pk, Claim(UserFactory().pk, drop.variants.first().pk))
+
+    assert len(refund_all(drop.pk, restock=restock, reason="Cancelled", user=clerk)) == 4
+    assert refund_all(drop.pk, restock=restock, reason="Cancelled", user=clerk) == []
+
+    assert stock(drop) == ((10, 9, 0) if restock else (4, 3, 0))
+    assert not audit_stock().differences
+
+
+@pytest.mark.django_db(transaction=True)
+def test_refunding_twice_at_once_gives_back_once():
+    drop, clerk = DropFactory(), UserFactory()
+    bought = buy(drop)
+
+    def attempt():
+        try:
+            return refund_purchase(bought.pk, restock=True, reason="Race", user=clerk).status
+        except AlreadyRefunded as refusal:
+            return refusal.code
+
+    assert sorted(at_once(attempt, attempt)) == ["already_refunded", "refunded"]
+    assert stock(drop) == (10, 10, 0)
+    assert not audit_stock().differences

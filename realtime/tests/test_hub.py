@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
+from channels_redis.pubsub import RedisPubSubLoopLayer
 from django.db import DatabaseError
 
+from drops.models import Drop, DropStatus
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
 from realtime import hub as hub_module
 from realtime import log, publisher
+<<<<<<< HEAD
 from realtime.consumers import (
     MAX_WAITING_FRAMES,
     TOO_SLOW,
@@ -27,8 +30,15 @@ from realtime.hub import Hub, get_hub
 from realtime.models import Event
 from users.exceptions import InvalidIdentity
 from users.identity import identify_socket
+=======
+from realtime.consumers import parse_message
+from realtime.frames import EventFrame, Message, heartbeat_frame, is_uuid, snapshot_frame
+from realtime.hub import Feed, Hub, get_hub
+from realtime.models import Event
+>>>>>>> main
 
 SOME_ID = "5f0c7a52-2f0e-4f66-9a3e-8d1f3a0c9b11"
+STOCK = "STOCK_UPDATED"
 AT = datetime(2026, 11, 22, 18, 0, 0, 120_000, tzinfo=UTC)
 
 
@@ -37,22 +47,46 @@ class Socket:
 
     def __init__(self) -> None:
         self.frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.is_told_to_reconnect = False
 
-    def offer(self, drop_id: str, seq: int, frame: str) -> None:
-        decoded = json.loads(frame)
-        assert (decoded["dropId"], decoded["seq"]) == (drop_id, seq)
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+        decoded = json.loads(message["text"])
+        assert (decoded["dropId"], decoded["seq"]) == (frame.drop_id, frame.seq)
+        assert decoded["prev"] == prev
         self.frames.put_nowait(decoded)
 
-    def offer_heartbeat(self, frame: str) -> None:
-        self.frames.put_nowait(json.loads(frame))
+    def offer_heartbeat(self, key: str, message: Message) -> None:
+        self.frames.put_nowait(json.loads(message["text"]))
+
+    def reconnect(self) -> None:
+        self.is_told_to_reconnect = True
 
     async def next(self) -> dict[str, Any]:
         return await asyncio.wait_for(self.frames.get(), timeout=5)
+
+    async def up_to(self, seq: int) -> list[dict[str, Any]]:
+        frames = [await self.next()]
+        while frames[-1]["seq"] < seq:
+            frames.append(await self.next())
+        return frames
 
     def waiting(self) -> list[tuple[int, int]]:
         """Take what is there, as (prev, seq)."""
         frames = [self.frames.get_nowait() for _ in range(self.frames.qsize())]
         return [(frame["prev"], frame["seq"]) for frame in frames]
+
+
+class Listener:
+    """Keeps every event as it comes."""
+
+    def __init__(self) -> None:
+        self.seqs: list[int] = []
+
+    def hear(self, frames: list[EventFrame]) -> None:
+        self.seqs += [frame.seq for frame in frames]
+
+    def reconnect(self) -> None:
+        raise AssertionError("the past was not replaced")
 
 
 def run_with_hub(scenario: Callable[[Hub], Awaitable[None]]) -> None:
@@ -66,9 +100,11 @@ def run_with_hub(scenario: Callable[[Hub], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def message(drop: Any, *seqs: int, carries_events: bool = True) -> dict[str, Any]:
+def message(
+    drop: Any, *seqs: int, carries_events: bool = True, kind: str = STOCK
+) -> dict[str, Any]:
     """Return what the publisher sends about a drop's events ``seqs``."""
-    events = [{"seq": n, "type": "STOCK_UPDATED", "ts": AT.timestamp(), "data": {}} for n in seqs]
+    events = [{"seq": n, "type": kind, "ts": AT.timestamp(), "data": {}} for n in seqs]
     return {
         "type": "drop.events",
         "drop_id": str(drop.pk),
@@ -90,50 +126,50 @@ def drop_with_events(count: int) -> Any:
 # --- The hub ----------------------------------------------------------------------------
 
 
-def test_passes_events_on_once_and_in_order():
-    drop, hub, socket = DropFactory.build(), Hub(), Socket()
-    hub.watch(socket, str(drop.pk))
+def test_takes_events_once_and_in_order():
+    drop, hub, listener = DropFactory.build(), Hub(), Listener()
+    hub.listen(listener, str(drop.pk))
 
     async def scenario() -> None:
         for seqs in [(1, 2), (2,), (1, 2), (3,), (2, 3, 4)]:
             await hub._take(message(drop, *seqs))
 
     asyncio.run(scenario())
-    assert socket.waiting() == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert listener.seqs == [1, 2, 3, 4]
 
 
 @pytest.mark.django_db(transaction=True)
 def test_reads_from_the_log_what_a_message_leaves_out():
-    drop, hub, socket = drop_with_events(5), Hub(), Socket()
-    hub.watch(socket, str(drop.pk))
+    drop, hub, listener = drop_with_events(5), Hub(), Listener()
+    hub.listen(listener, str(drop.pk))
 
     async def scenario() -> None:
         await hub._take(message(drop, 1))
-        assert socket.waiting() == [(0, 1)]
+        assert listener.seqs == [1]
         await hub._take(message(drop, 3))
         # The log held even more by then, which its own messages then repeat.
-        assert socket.waiting() == [(1, 2), (2, 3), (3, 4), (4, 5)]
+        assert listener.seqs == [1, 2, 3, 4, 5]
         await hub._take(message(drop, 4, 5))
-        assert socket.waiting() == []
+        assert listener.seqs == [1, 2, 3, 4, 5]
 
     asyncio.run(scenario())
 
 
 @pytest.mark.django_db(transaction=True)
 def test_reads_from_the_log_what_a_message_has_no_room_for():
-    drop, hub, socket = drop_with_events(5), Hub(), Socket()
-    hub.watch(socket, str(drop.pk))
+    drop, hub, listener = drop_with_events(5), Hub(), Listener()
+    hub.listen(listener, str(drop.pk))
 
     asyncio.run(hub._take(message(drop, 5, carries_events=False)))
 
-    assert socket.waiting() == [(n, n + 1) for n in range(5)]
+    assert listener.seqs == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.django_db(transaction=True)
 def test_two_who_read_what_was_missed_pass_it_on_once(monkeypatch):
     monkeypatch.setattr(log, "EVENTS_PER_READ", 3)
-    drop, hub, socket = drop_with_events(10), Hub(), Socket()
-    hub.watch_all(socket)
+    drop, hub, listener = drop_with_events(10), Hub(), Listener()
+    hub.listen(listener, str(drop.pk))
 
     async def scenario() -> None:
         await asyncio.gather(
@@ -143,28 +179,133 @@ def test_two_who_read_what_was_missed_pass_it_on_once(monkeypatch):
         )
 
     asyncio.run(scenario())
-    assert socket.waiting() == [(n, n + 1) for n in range(10)]
+    assert listener.seqs == list(range(1, 11))
 
 
-def test_a_socket_gets_what_it_watches_and_nothing_twice():
-    mine, other, hub = DropFactory.build(), DropFactory.build(), Hub()
-    of_one, of_all, of_both = Socket(), Socket(), Socket()
-    hub.watch(of_one, str(mine.pk))
-    hub.watch_all(of_all)
-    hub.watch_all(of_both)
-    hub.watch(of_both, str(mine.pk))
+@pytest.mark.django_db(transaction=True)
+def test_a_past_that_is_gone_from_the_log_is_left_behind():
+    drop, hub, socket = drop_with_events(9), Hub(), Socket()
+    hub.watch(socket, str(drop.pk))
 
     async def scenario() -> None:
-        for drop in (mine, other):
-            await hub._take(message(drop, 1))
-        assert [len(s.waiting()) for s in (of_one, of_all, of_both)] == [1, 2, 2]
-        hub.unwatch(of_one, str(mine.pk))
-        hub.unwatch(of_one, str(mine.pk))
-        hub.forget(of_both)
-        await hub._take(message(mine, 2))
+        await hub._take(message(drop, 1, 2))
+        await sync_to_async(Event.objects.filter(drop=drop, seq__lt=8).delete)()
+        await hub._take(message(drop, 9, carries_events=False))
 
     asyncio.run(scenario())
-    assert [s.waiting() for s in (of_one, of_all, of_both)] == [[], [(1, 2)], []]
+    assert socket.is_told_to_reconnect
+    assert hub.sent(str(drop.pk)) == 9
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_socket_gets_what_it_watches_and_nothing_twice():
+    mine, other = drop_with_events(0), drop_with_events(0)
+    of_one, of_all, of_both = Socket(), Socket(), Socket()
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch(of_one, str(mine.pk))
+        hub.watch_all(of_all)
+        hub.watch_all(of_both)
+        hub.watch(of_both, str(mine.pk))
+        for drop in (other, mine):
+            await hub._take(message(drop, 1))
+            await of_all.next()
+        assert [len(s.waiting()) for s in (of_one, of_both)] == [1, 2]
+        hub.unwatch(of_one, str(mine.pk))
+        hub.unwatch(of_one, str(mine.pk))
+        hub.forget(of_both, [str(mine.pk)])
+        await hub._take(message(mine, 2))
+        assert (await of_all.next())["seq"] == 2
+
+    run_with_hub(scenario)
+    assert [s.waiting() for s in (of_one, of_both)] == [[], []]
+
+
+# --- Conflation -------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_first_change_goes_out_at_once_and_of_a_rush_the_newest(monkeypatch):
+    monkeypatch.setattr(hub_module, "TURN_SECONDS", 0.3)
+    drop, socket = drop_with_events(0), Socket()
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch(socket, str(drop.pk))
+        await hub._take(message(drop, 1))
+        first = await socket.next()
+        assert (first["prev"], first["seq"]) == (0, 1)
+        for seq in range(2, 200):
+            await hub._take(message(drop, seq))
+        last = await socket.next()
+        assert (last["prev"], last["seq"]) == (1, 199)
+        assert socket.waiting() == []
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_burst_of_thousands_of_events_is_a_few_frames_and_no_gap():
+    drop = DropFactory(seq=5001)
+    Event.objects.bulk_create(
+        Event(drop_id=drop.pk, seq=n, type=kind, data={"n": n}, created_at=AT)
+        for n, kind in [*((n, "RESERVATION_EXPIRED") for n in range(1, 5001)), (5001, STOCK)]
+    )
+    socket, listener = Socket(), Listener()
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch(socket, str(drop.pk))
+        hub.listen(listener, str(drop.pk))
+        hub._feeds[str(drop.pk)] = Feed(0)
+        await hub._take(message(drop, 5001, carries_events=False))
+        frames = await socket.up_to(5001)
+        assert frames[-1]["type"] == STOCK
+        assert [frame["prev"] for frame in frames] == [0, *(f["seq"] for f in frames)][:-1]
+        assert len(frames) <= 2 * hub_module.SINGLES_BURST
+
+    run_with_hub(scenario)
+    assert listener.seqs == list(range(1, 5002))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_purchases_in_a_rush_keep_their_own_frames(monkeypatch):
+    monkeypatch.setattr(hub_module, "TURN_SECONDS", 0.2)
+    drop, socket = drop_with_events(0), Socket()
+    kinds = ["PURCHASE_COMPLETED", "ACTIVITY_UPDATED"] * 30
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch(socket, str(drop.pk))
+        for seq, kind in enumerate(kinds, start=1):
+            await hub._take(message(drop, seq, kind=kind))
+        frames = await socket.up_to(60)
+        assert [f["seq"] for f in frames if f["type"] == kinds[0]] == list(range(1, 60, 2))
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_those_who_come_together_share_one_reading(monkeypatch):
+    drop = drop_with_events(3)
+    readings: list[str | None] = []
+    read = log.snapshot
+
+    def count(drop_id: str | None) -> Any:
+        readings.append(drop_id)
+        return read(drop_id)
+
+    monkeypatch.setattr(log, "snapshot", count)
+
+    async def scenario(hub: Hub) -> None:
+        snapshots = await asyncio.gather(*(hub.snapshot(str(drop.pk)) for _ in range(50)))
+        assert {snapshot.seqs[str(drop.pk)] for snapshot in snapshots} == {3}
+        assert readings == [str(drop.pk)]
+        # A frame that somebody got may not be missing in what the next one starts from.
+        socket = Socket()
+        hub.watch(socket, str(drop.pk))
+        await sync_to_async(update_drop)(drop.pk, name="Ember")
+        await socket.next()
+        assert (await hub.snapshot(str(drop.pk))).seqs == {str(drop.pk): 4}
+
+    run_with_hub(scenario)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -189,7 +330,7 @@ def test_finds_what_nobody_told_it(monkeypatch):
     async def scenario(hub: Hub) -> None:
         hub.watch_all(socket)
         await sync_to_async(drop_with_events)(3)
-        assert [(await socket.next())["seq"] for _ in range(3)] == [1, 2, 3]
+        assert (await socket.up_to(3))[-1]["data"] == {"n": 3}
 
     run_with_hub(scenario)
 
@@ -211,6 +352,11 @@ def test_a_heartbeat_carries_the_seq_of_each_watched_drop(monkeypatch):
             second: 1,
         }
         assert heartbeat(await of_all.next()) == {first: 3, second: 1}
+        # Over by now, and with it out of the heartbeat of who watches the current ones.
+        await sync_to_async(Drop.objects.filter(pk=second).update)(status=DropStatus.ENDED)
+        while heartbeat(await of_all.next()) != {first: 3}:
+            continue
+        assert heartbeat(await of_one.next()) == {first: 3}
 
     run_with_hub(scenario)
 
@@ -239,6 +385,31 @@ def test_a_broken_message_does_not_end_the_listening(monkeypatch, caplog):
 
 
 @pytest.mark.django_db(transaction=True)
+def test_failed_attempts_to_listen_leave_no_channels_behind(monkeypatch):
+    monkeypatch.setattr(hub_module, "RETRY_SECONDS", 0.01)
+    drop, socket = drop_with_events(1), Socket()
+    group_add, failures = RedisPubSubLoopLayer.group_add, iter(range(3))
+    has_joined = asyncio.Event()
+
+    async def fail_at_first(self: Any, group: str, channel: str) -> None:
+        if next(failures, None) is not None:
+            raise ConnectionError("gone")
+        await group_add(self, group, channel)
+        has_joined.set()
+
+    monkeypatch.setattr(RedisPubSubLoopLayer, "group_add", fail_at_first)
+
+    async def scenario(hub: Hub) -> None:
+        await has_joined.wait()
+        hub.watch(socket, str(drop.pk))
+        await sync_to_async(update_drop)(drop.pk, name="Ember")
+        assert (await socket.next())["seq"] == 2
+        assert len(get_channel_layer().channels) == 1
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
 def test_a_start_that_fails_can_be_repeated(monkeypatch):
     def fail() -> dict[str, int]:
         raise DatabaseError("gone")
@@ -250,7 +421,7 @@ def test_a_start_that_fails_can_be_repeated(monkeypatch):
             outcomes = await asyncio.gather(hub.start(), hub.start(), return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [DatabaseError] * 2
         await hub.start()
-        assert len(hub._tasks) == 3
+        assert len(hub._tasks) == 5
 
     asyncio.run(scenario())
 
@@ -263,50 +434,7 @@ def test_each_event_loop_has_one_hub():
     assert asyncio.run(scenario()) is not asyncio.run(scenario())
 
 
-# --- The consumer -----------------------------------------------------------------------
-
-
-def test_a_socket_that_does_not_read_is_closed(monkeypatch):
-    closed: list[int] = []
-
-    class SlowConsumer(DropConsumer):
-        async def close(self, code: int | None = None, reason: str | None = None) -> None:
-            closed.append(code)
-
-    async def scenario() -> None:
-        consumer = SlowConsumer()
-        consumer.hub, consumer.frames = Hub(), asyncio.Queue(MAX_WAITING_FRAMES)
-        consumer.seqs, consumer.held_back = {}, None
-        consumer.hub.watch(consumer, SOME_ID)
-        for seq in range(1, MAX_WAITING_FRAMES + 2):
-            await hub_take(consumer.hub, seq)
-        await asyncio.sleep(0)
-        assert not consumer.hub._watching
-
-    asyncio.run(scenario())
-    assert closed == [TOO_SLOW]
-
-
-async def hub_take(hub: Hub, seq: int) -> None:
-    event = {"seq": seq, "type": "STOCK_UPDATED", "ts": AT.timestamp(), "data": {}}
-    await hub._take({"drop_id": SOME_ID, "seq": seq, "events": [event]})
-
-
-def test_frames_that_a_snapshot_already_holds_are_left_out():
-    async def scenario() -> None:
-        consumer = DropConsumer()
-        consumer.frames, consumer.held_back = asyncio.Queue(), []
-        consumer.seqs = {}
-        for seq in (4, 5, 6):
-            consumer.offer(SOME_ID, seq, f"frame {seq}")
-        assert consumer.frames.empty()
-        consumer.seqs[SOME_ID], held_back, consumer.held_back = 5, consumer.held_back, None
-        for held in held_back:
-            consumer.offer(*held)
-        assert consumer.frames.get_nowait() == "frame 6"
-        assert consumer.frames.empty()
-
-    asyncio.run(scenario())
+# --- Messages of clients ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,6 +445,12 @@ def test_frames_that_a_snapshot_already_holds_are_left_out():
         (f'{{"action": "subscribe", "dropId": "{SOME_ID}"}}', True),
         (f'{{"action": "unsubscribe", "dropId": "{SOME_ID.upper()}"}}', True),
         (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": 3}}', True),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": null}}', True),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": -1}}', False),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": "3"}}', False),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": 1.0}}', False),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": true}}', False),
+        (f'{{"action": "subscribe", "dropId": "{SOME_ID}", "since": {2**63}}}', False),
         (f'{{"action": "subscribe", "dropId": "{SOME_ID}\\u0000"}}', False),
         (f'{{"action": "subscribe", "dropId": "{SOME_ID.replace("-", "")}"}}', False),
         ('{"action": "subscribe"}', False),
@@ -339,6 +473,7 @@ def test_no_text_at_all_breaks_the_reading_of_messages():
         parse_message(f'{{"action": "subscribe", "dropId": {noise}}}')
 
 
+<<<<<<< HEAD
 def opened_with(*user_ids: bytes) -> dict[str, Any]:
     headers = [(b"x-user-id", value) for value in user_ids]
     return {"path": "/ws/drops", "query_string": b"", "headers": headers}
@@ -355,14 +490,19 @@ def test_refuses_an_invalid_identity(values):
         identify_socket(opened_with(*values))
 
 
+=======
+>>>>>>> main
 # --- The frames -------------------------------------------------------------------------
 
 
 def test_an_event_frame_is_what_the_contract_says():
-    assert event_frame(SOME_ID, 3, 2, "STOCK_UPDATED", AT, {"availableStock": 1}) == (
+    frame = EventFrame(SOME_ID, 3, "STOCK_UPDATED", AT, {"availableStock": 1})
+    assert frame.text_after(2) == (
         f'{{"type":"STOCK_UPDATED","dropId":"{SOME_ID}","seq":3,"prev":2,'
         '"ts":"2026-11-22T18:00:00.120000Z","data":{"availableStock":1}}'
     )
+    assert json.loads(frame.text_after(1)) == json.loads(frame.text_after(2)) | {"prev": 1}
+    assert frame.message_after(2) is frame.message_after(2)
 
 
 def test_snapshots_and_heartbeats_have_no_drop_of_their_own():

@@ -19,6 +19,7 @@ from drops.exceptions import (
 from drops.models import Drop
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from purchases.audit import audit_stock
 from purchases.services import purchase
 from realtime.models import Event
 from reservations.exceptions import (
@@ -34,12 +35,14 @@ from reservations.models import Reservation
 from reservations.services import (
     MAX_EXPIRED_PER_TRANSACTION,
     Claim,
+    cancel_drop,
     expire_all_due,
     expire_due,
     release,
     reserve,
     reserve_many,
     seconds_until_next_deadline,
+    void_reservation,
 )
 from reservations.tests.factories import ReservationFactory
 from tests.concurrency import another_session, at_once, blocked, lock_timeout
@@ -88,6 +91,7 @@ def test_a_hold_takes_a_unit_for_a_minute_and_tells(db):
         "dropId": str(drop.pk),
         "availableStock": 9,
         "availability": "available",
+        "soldStock": 0,
         "variants": [{"id": str(variant.pk), "availableStock": 9}],
     }
 
@@ -568,6 +572,116 @@ def test_a_hold_of_a_cancelled_drop_can_still_be_released(db):
 
     assert release(hold.pk, hold.user).status == "RELEASED"
     assert stock(hold.drop) == (10, 10, 0)
+
+
+# --- Void, and cancel the drop ----------------------------------------------------------
+
+
+def test_a_voided_hold_gives_its_units_back_and_tells(db):
+    drop = DropFactory(total_stock=10, max_per_user=3)
+    hold = reserve(drop.pk, Claim(UserFactory().pk, quantity=3))
+
+    assert void_reservation(hold.pk).status == "VOIDED"
+
+    hold.refresh_from_db()
+    assert hold.status == "VOIDED"
+    assert stock(drop) == stock(drop.variants.get()) == (10, 10, 0)
+    assert [kind for _, kind in events(drop)] == [
+        *("STOCK_UPDATED", "RESERVATION_EXPIRED", "STOCK_UPDATED"),
+    ]
+    over = drop.events.get(seq=2)
+    assert over.data == {"dropId": str(drop.pk), "reservationId": str(hold.pk)}
+    assert drop.events.get(seq=3).data["availableStock"] == 10
+
+
+@pytest.mark.parametrize(
+    ("trait", "refusal"),
+    [
+        ("expired", ReservationExpired),
+        ("overdue", ReservationExpired),
+        ("released", ReservationNotActive),
+        ("voided", ReservationNotActive),
+        ("consumed", ReservationNotActive),
+    ],
+)
+def test_nothing_is_left_to_void(db, trait, refusal):
+    reservation = ReservationFactory(**{trait: True})
+    before = stock(reservation.drop)
+
+    with pytest.raises(refusal):
+        void_reservation(reservation.pk)
+
+    status = reservation.status
+    reservation.refresh_from_db()
+    assert reservation.status == status
+    assert stock(reservation.drop) == before
+    assert not Event.objects.exists()
+
+
+def test_a_cancelled_drop_has_no_holds_and_keeps_its_purchases(db):
+    drop = DropFactory(sizes={"EU 42": 3, "EU 43": 4})
+    small, large = drop.variants.all()
+    buyer, *holders = UserFactory.create_batch(4)
+    reserve(drop.pk, Claim(buyer.pk, small.pk))
+    purchase(drop.pk, buyer.pk)
+    holds = [reserve(drop.pk, Claim(user.pk, large.pk)) for user in holders]
+    holds.append(reserve(DropFactory().pk, Claim(buyer.pk)))
+    seen = drop.events.count()
+
+    assert cancel_drop(drop.pk) == 3
+
+    for hold, status in zip(holds, ["VOIDED"] * 3 + ["ACTIVE"], strict=True):
+        hold.refresh_from_db()
+        assert hold.status == status
+    assert (stock(drop), stock(small), stock(large)) == ((7, 6, 1), (3, 2, 1), (4, 4, 0))
+    assert drop.status == "cancelled"
+    told, changed = drop.events.filter(seq__gt=seen).order_by("seq")
+    assert (told.type, told.data["availableStock"]) == ("STOCK_UPDATED", 6)
+    assert changed.type == "DROP_UPDATED"
+    assert changed.data["drop"]["status"] == "cancelled"
+    assert changed.data["drop"]["available_stock"] == 6
+
+
+def test_cancelling_takes_the_same_statements_for_one_hold_and_for_20(db):
+    counts = []
+    for holders in (1, 20):
+        drop = DropFactory(total_stock=20)
+        ReservationFactory.create_batch(holders, drop=drop)
+        with statements() as made:
+            cancel_drop(drop.pk)
+        counts.append(len(made))
+
+    assert counts[0] == counts[1]
+
+
+def test_a_drop_is_cancelled_once(db):
+    drop = DropFactory(status="cancelled")
+
+    with pytest.raises(ValidationError):
+        cancel_drop(drop.pk)
+
+    assert nothing_happened(drop, available=10)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_cancelling_while_somebody_buys_loses_neither():
+    drop, user = DropFactory(total_stock=1), UserFactory()
+    hold = reserve(drop.pk, Claim(user.pk))
+
+    def buy():
+        try:
+            return purchase(drop.pk, user.pk).status
+        except (DropCancelled, ReservationNotActive) as refusal:
+            return refusal.code
+
+    _, bought = at_once(partial(cancel_drop, drop.pk), buy)
+
+    hold.refresh_from_db()
+    if bought == "paid":
+        assert (hold.status, stock(drop)) == ("CONSUMED", (1, 0, 1))
+    else:
+        assert (hold.status, stock(drop)) == ("VOIDED", (1, 1, 0))
+    assert not audit_stock().differences
 
 
 @pytest.mark.django_db(transaction=True)

@@ -140,7 +140,9 @@ def server_command(server: str, host: str, port: int, workers: int) -> list[str]
         *("-m", "uvicorn", "config.asgi:application", "--host", host, "--port", str(port)),
         *("--workers", str(workers), "--log-level", "warning", "--no-access-log"),
         *("--no-proxy-headers", "--lifespan", "off"),
-        *("--ws", "websockets", "--ws-max-size", "16384"),
+        *("--ws", "websockets-sansio", "--ws-max-size", str(settings.SOCKET_MESSAGE_BYTES)),
+        # Small frames hardly shrink, and each socket would pay for it with memory and time.
+        *("--ws-per-message-deflate", "false"),
         *("--timeout-graceful-shutdown", str(STOP_TIMEOUT_SECONDS - 5)),
     ]
 

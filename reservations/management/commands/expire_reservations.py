@@ -1,4 +1,5 @@
 import logging
+import time
 from typing import Any
 
 import psycopg_pool
@@ -7,6 +8,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import InterfaceError, OperationalError, close_old_connections
 
 from config.stopping import StopRequest
+from drops.services import announce_windows
 from reservations.services import (
     MAX_EXPIRED_PER_TRANSACTION,
     expire_all_due,
@@ -16,14 +18,24 @@ from reservations.services import (
 
 logger = logging.getLogger(__name__)
 
+OUTAGES = (OperationalError, InterfaceError, psycopg_pool.PoolTimeout)
+
 # Holds that end one after the other in a rush go back together instead of one by one:
 # each sweep locks the drop that buyers want.
 SHORTEST_PAUSE_SECONDS = 0.05
 PAUSE_WITHOUT_DATABASE_SECONDS = 0.5
+# A window may be set at any time to open in a moment, and clients shall know within a second.
+WINDOW_PAUSE_SECONDS = 0.5
 
 
 class Command(BaseCommand):
-    help = "Return overdue units to stock until stopped. Any number of copies may run."
+    # By the monotonic clock, when windows were last looked at.
+    announced_at = 0.0
+
+    help = (
+        "Return overdue units to stock, and announce windows that open and close, until "
+        "stopped. Any number of copies may run."
+    )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--once", action="store_true", help="expire what is due now, and end")
@@ -39,14 +51,34 @@ class Command(BaseCommand):
         if batch < 1:
             raise CommandError("--batch must be 1 or more.")
         if once:
+            announce_windows()
             count = sum(len(holds.reservation_ids) for holds in expire_all_due(batch))
             self.stdout.write(f"{count} reservations expired.")
             return
         logger.info("expiring reservations; stop with Ctrl-C")
         with StopRequest() as stop:
             while not stop.is_set:
-                stop.wait(self.step(batch))
+                self.wait(self.step(batch), stop)
         logger.info("stopped")
+
+    def wait(self, seconds: float, stop: StopRequest) -> None:
+        """Wait for the next step, and meanwhile announce windows that open and close."""
+        due_at = time.monotonic() + seconds
+        while not stop.is_set:
+            if time.monotonic() - self.announced_at >= WINDOW_PAUSE_SECONDS:
+                self.announce()
+            left = due_at - time.monotonic()
+            if left <= 0 or stop.wait(min(left, WINDOW_PAUSE_SECONDS)):
+                return
+
+    def announce(self) -> None:
+        self.announced_at = time.monotonic()
+        try:
+            if told := announce_windows():
+                logger.info("%d windows opened or closed", told)
+        except OUTAGES as exc:
+            logger.warning("the database can't be reached, trying again: %s", exc)
+            close_old_connections()
 
     def step(self, batch: int) -> float:
         """Expire one batch per drop; return how many seconds nothing more is due."""
@@ -57,7 +89,7 @@ class Command(BaseCommand):
             if any(len(holds.reservation_ids) >= batch for holds in swept):
                 return 0
             next_deadline = seconds_until_next_deadline()
-        except (OperationalError, InterfaceError, psycopg_pool.PoolTimeout) as exc:
+        except OUTAGES as exc:
             logger.warning("the database can't be reached, trying again: %s", exc)
             return PAUSE_WITHOUT_DATABASE_SECONDS
         for holds in swept:

@@ -1,0 +1,54 @@
+"""What the public stream doesn't tell, for the dashboard: sent by itself, to staff only."""
+
+import asyncio
+import contextlib
+import json
+from datetime import UTC, datetime
+
+from channels.db import database_sync_to_async
+from channels.generic.websocket import AsyncWebsocketConsumer
+from django.db import DatabaseError
+from psycopg_pool import PoolTimeout
+
+from realtime.consumers import DropConsumer
+from reservations.services import seconds_overdue
+
+PULSE_SECONDS = 2.0
+NOT_ALLOWED = 4403
+
+
+class ControlConsumer(AsyncWebsocketConsumer):
+    """``/ws/control``: a ``PULSE`` every two seconds. Staff know each other by their session."""
+
+    channel_layer_alias = DropConsumer.channel_layer_alias
+
+    pulse: asyncio.Task | None = None
+
+    async def connect(self) -> None:
+        await self.accept()
+        if not await database_sync_to_async(self.is_allowed)():
+            return await self.close(NOT_ALLOWED, "for staff who may view drops")
+        self.pulse = asyncio.create_task(self.send_pulse())
+
+    def is_allowed(self) -> bool:
+        user = self.scope["user"]
+        return user.is_active and user.is_staff and user.has_perm("drops.view_drop")
+
+    async def disconnect(self, code: int) -> None:
+        if self.pulse is not None:
+            self.pulse.cancel()
+
+    async def send_pulse(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                # While the database is away there is nothing to tell; the page sees the silence.
+                with contextlib.suppress(DatabaseError, PoolTimeout):
+                    await self.send(text_data=await pulse_frame())
+                await asyncio.sleep(PULSE_SECONDS)
+
+
+async def pulse_frame() -> str:
+    overdue = await database_sync_to_async(seconds_overdue)()
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    data = {"oldestOverdueSeconds": round(overdue, 1), "sockets": 0}
+    return json.dumps({"type": "PULSE", "ts": now, "data": data})

@@ -1,0 +1,86 @@
+import csv
+import io
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.contrib.admin.models import LogEntry
+from django.urls import reverse
+
+from control import exports
+from drops.models import Drop
+from drops.tests.factories import DropFactory
+from purchases.models import Purchase
+from purchases.tests.factories import PurchaseFactory
+from reservations.models import Reservation
+from reservations.tests.factories import ReservationFactory
+from tests.queries import statements
+
+
+def read_csv(client, model, **query):
+    """Return the lines of an export, the head first."""
+    meta = model._meta
+    response = client.get(reverse(f"admin:{meta.app_label}_{meta.model_name}_export"), query)
+    assert response.status_code == 200
+    assert response["Content-Type"] == "text/csv; charset=utf-8"
+    assert response["Content-Disposition"].startswith(f'attachment; filename="{meta.model_name}s-')
+
+    async def text():
+        return "".join([part.decode() async for part in response])
+
+    return list(csv.reader(io.StringIO(async_to_sync(text)())))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_the_list_shows_is_exported_and_logged(admin_client, admin_user):
+    bought = PurchaseFactory(user__username="ada", reservation__drop__name="Tidewalker")
+    PurchaseFactory()
+
+    head, *lines = read_csv(admin_client, Purchase, q="Tidewalker")
+
+    assert head == [
+        *("id", "created_at", "drop_id", "drop", "size", "user_id", "username"),
+        *("reservation_id", "quantity", "amount", "currency", "status"),
+    ]
+    (line,) = (dict(zip(head, line, strict=True)) for line in lines)
+    assert (line["id"], line["drop"]) == (str(bought.pk), "Tidewalker")
+    assert (line["username"], line["size"]) == (bought.user.username, "One size")
+    assert (line["user_id"], line["drop_id"]) == (str(bought.user_id), str(bought.drop_id))
+    assert line["reservation_id"] == str(bought.reservation_id)
+    assert (line["amount"], line["currency"], line["status"]) == ("199.000", "USD", "paid")
+    entry = LogEntry.objects.get()
+    assert (entry.user, entry.change_message) == (admin_user, "Exported: q=Tidewalker")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_drops_and_reservations_are_exported_too(admin_client):
+    hold = ReservationFactory()
+
+    (_, drop), (_, reservation) = (read_csv(admin_client, m) for m in (Drop, Reservation))
+
+    assert drop[0] == str(hold.drop_id)
+    assert drop[5:9] == ["10", "9", "1", "0"]
+    assert (reservation[0], reservation[-2]) == (str(hold.pk), "ACTIVE")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("start", exports.FORMULA_STARTS)
+def test_a_formula_is_exported_as_text(admin_client, start):
+    name = f"{start}HYPERLINK(1)"
+    DropFactory(name=name)
+
+    _, line = read_csv(admin_client, Drop)
+
+    assert line[1] == f"'{name}"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_long_list_is_read_in_parts_and_complete(admin_client, monkeypatch):
+    monkeypatch.setattr(exports, "ROWS_PER_READ", 10)
+    drop = DropFactory(total_stock=100)
+    made = ReservationFactory.create_batch(25, drop=drop)
+
+    with statements() as few:
+        _, *lines = read_csv(admin_client, Reservation)
+
+    assert [line[0] for line in lines] == sorted((str(hold.pk) for hold in made), reverse=True)
+    assert len([sql for sql in few if "LIMIT 10" in sql]) == 4

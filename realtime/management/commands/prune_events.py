@@ -1,0 +1,53 @@
+import argparse
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from config.stopping import StopRequest
+from realtime.services import prune_events
+
+DEFAULT_HOURS = 24
+EVENTS_PER_BATCH = 5000
+
+
+class Command(BaseCommand):
+    help = (
+        "Delete events of the log that are older than a day. A client that was away for longer "
+        "gets the state instead. Safe beside a running sale; run it from cron."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--hours",
+            type=hours,
+            default=DEFAULT_HOURS,
+            metavar="N",
+            help="how much of the log stays; 1 or more (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--batch",
+            type=int,
+            default=EVENTS_PER_BATCH,
+            metavar="N",
+            help="events per transaction (default: %(default)s)",
+        )
+
+    def handle(self, *, hours: float, batch: int, verbosity: int, **options: Any) -> None:
+        if hours < 1:
+            raise CommandError("--hours must be 1 or more: clients resume from the log.")
+        if batch < 1:
+            raise CommandError("--batch must be 1 or more.")
+        pruned = 0
+        with StopRequest() as stop:
+            while not stop.is_set and (more := prune_events(hours, batch)):
+                pruned += more
+                if verbosity > 1:
+                    self.stdout.write(f"{pruned} events deleted ...")
+        self.stdout.write(f"{pruned} events deleted.")
+
+
+def hours(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours") from None

@@ -1,0 +1,224 @@
+"""What only one user is told: news of that user's own holds and purchases.
+
+Read from the rows themselves, once a second for all users with sockets here, as the hub
+compares its numbers: nothing is published, so nothing can be lost on the way.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Protocol
+
+from channels.db import database_sync_to_async
+from django.db import DatabaseError
+from psycopg_pool import PoolTimeout
+
+from config.database import read_clock
+from purchases.models import Purchase
+from realtime.frames import Message, private_frame, text_message
+from reservations.models import Reservation, ReservationStatus
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+# Sooner where something happened, but never more than a twentieth of the time.
+SHORTEST_PAUSE_SECONDS = 0.25
+REST_PER_LOOK = 20
+EXPIRING_SECONDS = 10.0
+# A purchase is dated before its commit; older than this, it was seen or is history.
+PURCHASE_MARGIN = timedelta(seconds=20)
+
+
+class PrivateType(StrEnum):
+    HOLDS = "HOLDS"
+    HOLD_EXPIRING = "HOLD_EXPIRING"
+    HOLD_EXPIRED = "HOLD_EXPIRED"
+    HOLD_RELEASED = "HOLD_RELEASED"
+    PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
+
+
+ENDED = {
+    ReservationStatus.EXPIRED: PrivateType.HOLD_EXPIRED,
+    ReservationStatus.RELEASED: PrivateType.HOLD_RELEASED,
+    ReservationStatus.VOIDED: PrivateType.HOLD_RELEASED,
+}
+
+
+class PrivateSocket(Protocol):
+    def tell(self, message: Message) -> None: ...
+
+
+@dataclass(slots=True)
+class Hold:
+    """A hold of a user with sockets here, as it was last seen."""
+
+    user_id: uuid.UUID
+    data: dict[str, Any]
+    expires_at: datetime
+    is_expiring_told: bool = False
+
+
+@dataclass(slots=True)
+class Rows:
+    """What the database says of some users at ``now``."""
+
+    now: datetime
+    holds: dict[uuid.UUID, Hold]
+    ended: dict[uuid.UUID, str]
+    purchases: list[Purchase]
+
+
+class PrivateNews:
+    """Which sockets are whose, and what their users have been told."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[uuid.UUID, set[PrivateSocket]] = {}
+        # These have yet to learn what their user holds.
+        self._new: list[tuple[uuid.UUID, PrivateSocket]] = []
+        self._holds: dict[uuid.UUID, Hold] = {}
+        # Purchases that were told, or are older than the sockets, with their time.
+        self._told: dict[uuid.UUID, datetime] = {}
+        # When each user's first socket came, by the monotonic clock.
+        self._came: dict[uuid.UUID, float] = {}
+        self._wake = asyncio.Event()
+
+    def add(self, user_id: uuid.UUID, socket: PrivateSocket) -> None:
+        self._sockets.setdefault(user_id, set()).add(socket)
+        self._came.setdefault(user_id, time.monotonic())
+        self._new.append((user_id, socket))
+        self._wake.set()
+
+    def remove(self, user_id: uuid.UUID, socket: PrivateSocket) -> None:
+        sockets = self._sockets.get(user_id, set())
+        sockets.discard(socket)
+        if not sockets:
+            self._sockets.pop(user_id, None)
+            self._came.pop(user_id, None)
+
+    def look_soon(self) -> None:
+        """Have the rows read before a second is over: something happened somewhere."""
+        if self._sockets:
+            self._wake.set()
+
+    async def tell_forever(self) -> None:
+        while True:
+            pause = SHORTEST_PAUSE_SECONDS
+            if self._sockets:
+                began = time.monotonic()
+                try:
+                    await self._look()
+                except (DatabaseError, PoolTimeout) as exc:
+                    logger.warning("private news can't be read: %s", exc)
+                    pause = LOOK_SECONDS
+                except Exception:
+                    logger.exception("telling private news failed; trying again")
+                    pause = LOOK_SECONDS
+                pause = max(pause, REST_PER_LOOK * (time.monotonic() - began))
+            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS - SHORTEST_PAUSE_SECONDS):
+                    await self._wake.wait()
+
+    async def _look(self) -> None:
+        self._wake.clear()
+        new, self._new = self._new, []
+        for known in [pk for pk, hold in self._holds.items() if hold.user_id not in self._sockets]:
+            del self._holds[known]
+        users = list(self._sockets)
+        try:
+            rows = await database_sync_to_async(read_rows)(users, list(self._holds))
+        except BaseException:
+            self._new = new + self._new
+            raise
+        self._tell_new_sockets(rows, new)
+        self._tell_purchases(rows)
+        self._tell_ended(rows)
+        self._tell_expiring(rows)
+
+    def _tell_purchases(self, rows: Rows) -> None:
+        for purchase in rows.purchases:
+            came = self._came.get(purchase.user_id)
+            if purchase.pk in self._told or came is None:
+                continue
+            self._told[purchase.pk] = purchase.created_at
+            # What was bought before its user connected is in the list of purchases.
+            if purchase.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
+                data = {
+                    "dropId": str(purchase.drop_id),
+                    "purchaseId": str(purchase.pk),
+                    "reservationId": str(purchase.reservation_id),
+                    "variantId": str(purchase.variant_id),
+                    "quantity": purchase.quantity,
+                }
+                self._tell(purchase.user_id, PrivateType.PURCHASE_CONFIRMED, rows.now, data)
+        for pk in [pk for pk, at in self._told.items() if at < rows.now - 2 * PURCHASE_MARGIN]:
+            del self._told[pk]
+
+    def _tell_ended(self, rows: Rows) -> None:
+        for pk in [pk for pk in self._holds if pk not in rows.holds]:
+            hold, status = self._holds.pop(pk), rows.ended.get(pk, "")
+            if status in ENDED:
+                kind = ENDED[ReservationStatus(status)]
+                self._tell(hold.user_id, kind, rows.now, hold.data | {"status": status})
+        for pk, hold in rows.holds.items():
+            self._holds.setdefault(pk, hold)
+
+    def _tell_new_sockets(self, rows: Rows, new: list[tuple[uuid.UUID, PrivateSocket]]) -> None:
+        by_user: dict[uuid.UUID, list[dict[str, Any]]] = {}
+        for hold in rows.holds.values():
+            by_user.setdefault(hold.user_id, []).append(hold.data)
+        for user_id, socket in new:
+            data = {"holds": by_user.get(user_id, [])}
+            if socket in self._sockets.get(user_id, ()):
+                socket.tell(text_message(private_frame(PrivateType.HOLDS, rows.now, data)))
+
+    def _tell_expiring(self, rows: Rows) -> None:
+        loop = asyncio.get_running_loop()
+        for pk in rows.holds:
+            left = (self._holds[pk].expires_at - rows.now).total_seconds() - EXPIRING_SECONDS
+            if not self._holds[pk].is_expiring_told and left < LOOK_SECONDS:
+                self._holds[pk].is_expiring_told = True
+                loop.call_later(max(0.0, left), self._tell_one_expires, pk)
+
+    def _tell_one_expires(self, pk: uuid.UUID) -> None:
+        hold = self._holds.get(pk)
+        if hold is not None:
+            self._tell(hold.user_id, PrivateType.HOLD_EXPIRING, datetime.now(UTC), hold.data)
+
+    def _tell(
+        self, user_id: uuid.UUID, kind: PrivateType, at: datetime, data: dict[str, Any]
+    ) -> None:
+        message = text_message(private_frame(kind, at, data))
+        for socket in list(self._sockets.get(user_id, ())):
+            socket.tell(message)
+
+
+def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
+    """Read what ``users`` hold and have just bought, and what became of the ``known`` holds."""
+    now = read_clock()
+    # One step in an index for each user: both start with the user.
+    active = Reservation.objects.active().filter(user__in=users)
+    holds = {
+        hold.pk: Hold(
+            hold.user_id,
+            {
+                "dropId": str(hold.drop_id),
+                "reservationId": str(hold.pk),
+                "variantId": str(hold.variant_id),
+                "quantity": hold.quantity,
+                "expiresAt": hold.expires_at,
+            },
+            hold.expires_at,
+        )
+        for hold in active.order_by("expires_at", "pk")
+    }
+    gone = [pk for pk in known if pk not in holds]
+    ended = Reservation.objects.filter(pk__in=gone).values_list("pk", "status") if gone else []
+    bought = Purchase.objects.filter(user__in=users, created_at__gt=now - PURCHASE_MARGIN)
+    return Rows(now, holds, dict(ended), list(bought.order_by("created_at")))

@@ -1,0 +1,95 @@
+"""Sockets inside the test's own process, called as a server calls them."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from channels.routing import URLRouter
+
+from realtime.routing import websocket_urlpatterns
+
+application = URLRouter(websocket_urlpatterns)
+
+
+class Socket:
+    """A client that reads at once, or, while ``reads`` is cleared, not at all."""
+
+    def __init__(
+        self,
+        path: str = "/ws/drops",
+        headers: dict[str, str] | None = None,
+        subprotocols: tuple[str, ...] = (),
+        address: str = "127.0.0.1",
+    ) -> None:
+        path, _, query = path.partition("?")
+        self.scope = {
+            "type": "websocket",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [
+                (name.lower().encode(), value.encode()) for name, value in (headers or {}).items()
+            ],
+            "subprotocols": list(subprotocols),
+            "client": [address, 50000],
+        }
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.is_closed = asyncio.Event()
+        self.accepted: dict[str, Any] | None = None
+        self.code: int | None = None
+        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._incoming.put_nowait({"type": "websocket.connect"})
+        self.running = asyncio.ensure_future(application(self.scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        return await self._incoming.get()
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        # As uvicorn's: it waits first, and writes then.
+        await self.reads.wait()
+        if message["type"] == "websocket.accept":
+            self.accepted = message
+        elif message["type"] == "websocket.close":
+            self.code = message.get("code", 1000)
+            self.is_closed.set()
+            self._incoming.put_nowait({"type": "websocket.disconnect", "code": self.code})
+        else:
+            self._frames.put_nowait(json.loads(message["text"]))
+
+    async def next(self) -> dict[str, Any]:
+        """Return the next frame that is no heartbeat."""
+        while True:
+            frame = await asyncio.wait_for(self._frames.get(), 5)
+            if frame["type"] != "HEARTBEAT":
+                return frame
+
+    async def up_to(self, seq: int) -> list[dict[str, Any]]:
+        frames = [await self.next()]
+        while frames[-1]["seq"] < seq:
+            frames.append(await self.next())
+        return frames
+
+    async def say(self, message: Any) -> None:
+        text = message if isinstance(message, str) else json.dumps(message)
+        self._incoming.put_nowait({"type": "websocket.receive", "text": text})
+
+    async def say_bytes(self, message: bytes) -> None:
+        self._incoming.put_nowait({"type": "websocket.receive", "bytes": message})
+
+    async def close_code(self) -> int | None:
+        """Return how the server closes the socket, once its consumer has ended."""
+        await asyncio.wait_for(self.is_closed.wait(), 10)
+        await asyncio.wait_for(self.running, 5)
+        return self.code
+
+    async def leave(self) -> None:
+        self._incoming.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        await asyncio.wait_for(self.running, 5)
+
+
+def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Run ``scenario`` in an event loop of its own, and with it a hub of its own."""
+    asyncio.run(scenario())  # type: ignore[arg-type]

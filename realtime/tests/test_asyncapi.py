@@ -1,0 +1,145 @@
+"""The AsyncAPI document: well formed, and true of a real socket."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator, FormatChecker
+from websockets.sync.client import connect
+
+from drops.tests.factories import DropFactory
+from realtime import asyncapi
+from realtime.models import EventType
+from realtime.private import PrivateType
+from reservations.models import Reservation
+from users.tests.factories import UserFactory
+
+PRIVATE = {*PrivateType}
+FRAMES = {*EventType.values, *PRIVATE, "SNAPSHOT", "HEARTBEAT", "PONG"}
+ACTIONS = {"subscribe", "unsubscribe", "ping"}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    # As a client gets it: tuples, enums and the like are gone.
+    return json.loads(json.dumps(asyncapi.document()))
+
+
+def check(document: dict[str, Any], payload: dict[str, Any], name: str | None = None) -> None:
+    """Hold a payload against the schema of its message."""
+    message = document["components"]["messages"][name or payload["type"]]
+    schema = message["payload"] | {"components": document["components"]}
+    Draft202012Validator(schema, format_checker=FormatChecker()).validate(payload)
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for member in value.values():
+            yield from references(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from references(member)
+
+
+def test_every_frame_and_action_is_a_message_of_both_addresses(document):
+    assert document["asyncapi"] == "3.0.0"
+    assert document["components"]["messages"].keys() == FRAMES | ACTIONS
+    assert [channel["address"] for channel in document["channels"].values()] == [
+        "/ws/drops",
+        "/ws/drops/{dropId}",
+    ]
+    for channel in document["channels"].values():
+        assert channel["messages"].keys() == FRAMES | ACTIONS
+        assert channel.get("parameters", {}).keys() == set(
+            re.findall(r"\{(\w+)\}", channel["address"])
+        )
+
+
+def test_every_operation_names_messages_of_its_channel(document):
+    by_action = {"send": FRAMES, "receive": ACTIONS}
+    assert len(document["operations"]) == 4
+    for operation in document["operations"].values():
+        channel = operation["channel"]["$ref"]
+        names = {reference["$ref"] for reference in operation["messages"]}
+        assert names == {f"{channel}/messages/{name}" for name in by_action[operation["action"]]}
+
+
+def test_every_reference_leads_somewhere(document):
+    for reference in references(document):
+        target = document
+        for step in reference.removeprefix("#/").split("/"):
+            target = target[step]
+
+
+def test_every_example_keeps_its_schema(document):
+    for name, message in document["components"]["messages"].items():
+        Draft202012Validator.check_schema(message["payload"])
+        for example in message["examples"]:
+            check(document, example["payload"], name)
+
+
+@pytest.mark.servers
+def test_every_frame_of_a_socket_keeps_its_schema(web_servers, document):
+    server, user = web_servers[0], UserFactory()
+    sizes = [{"label": "EU 42", "total_stock": 1}, {"label": "EU 43", "total_stock": 1}]
+    body = {"name": "Ember", "price": "199.00", "status": "live", "variants": sizes}
+    DropFactory(over=True)
+    DropFactory(ends_at=None)
+    frames = []
+    with (
+        connect(
+            f"{server.ws_url}/ws/drops", additional_headers={"X-User-Id": str(user.pk)}, proxy=None
+        ) as socket,
+        httpx.Client(base_url=f"{server.url}/api", headers={"X-User-Id": str(user.pk)}) as api,
+    ):
+        created = api.post("/drops", json=body | {"max_per_user": 2}).json()
+        small, large = (variant["id"] for variant in created["variants"])
+        api.patch(f"/drops/{created['id']}", json={"name": "Ember II"})
+        api.post(f"/drops/{created['id']}/reserve", json={"variant": small})
+        api.post(f"/drops/{created['id']}/purchase")
+        hold = api.post(f"/drops/{created['id']}/reserve", json={"variant": large}).json()
+        Reservation.objects.filter(pk=hold["id"]).update(
+            created_at="2020-01-01T00:00:00Z", expires_at="2020-01-01T00:01:00Z"
+        )
+        api.post("/internal/expire-now")
+        while not {"HOLDS", "PURCHASE_CONFIRMED", 8} <= {
+            frame.get("seq", frame["type"]) for frame in frames
+        }:
+            frames.append(json.loads(socket.recv(20)))
+        socket.send(json.dumps({"action": "ping"}))
+        while frames[-1]["type"] != "PONG":
+            frames.append(json.loads(socket.recv(10)))
+
+    for frame in frames:
+        check(document, frame)
+    told = {frame["type"] for frame in frames}
+    # The other frames have their examples from the functions that build them.
+    assert told >= FRAMES - {"HEARTBEAT"} - PRIVATE | {"HOLDS", "PURCHASE_CONFIRMED"}
+
+
+def test_is_served_with_the_address_of_this_site(client_of, db):
+    answer = client_of().get("/api/asyncapi.json")
+
+    assert answer["Content-Type"] == "application/json"
+    assert answer.json()["servers"] == {"this": {"host": "testserver", "protocol": "ws"}}
+
+
+def test_the_page_shows_every_message_and_needs_no_script(client_of, db):
+    page = client_of().get("/api/asyncapi").content.decode()
+
+    for name in FRAMES | ACTIONS:
+        assert f'<article id="{name}">' in page
+    for code in asyncapi.CLOSE_CODES:
+        assert f"<code>{code}</code>" in page
+    # A strict Content-Security-Policy lets none of these pass.
+    assert not re.search(r"<script|<style|style=|\son\w+=|https?://", page)
+
+
+def test_the_pages_lead_to_each_other(client_of, db):
+    assert 'href="/api/asyncapi"' in client_of().get("/").content.decode()
+    assert "(/api/asyncapi)" in client_of().get("/api/schema").content.decode()

@@ -1,0 +1,535 @@
+"""The consumer: resuming, limits, slow clients, origin and identity, without a network."""
+
+import asyncio
+import json
+import random
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db.models import F
+
+from config.database import read_clock
+from drops.services import update_drop
+from drops.tests.factories import DropFactory
+from purchases.services import purchase
+from realtime import consumers
+from realtime import hub as hub_module
+from realtime.limits import open_connections
+from realtime.models import Event, SocketTicket
+from realtime.tests.sockets import Socket, in_loop
+from realtime.tests.test_hub import AT, SOME_ID, STOCK, drop_with_events, message
+from realtime.tickets import issue_ticket, use_ticket
+from reservations.models import Reservation, ReservationStatus
+from reservations.services import Claim, _end_hold, expire_all_due, release, reserve
+from tests.concurrency import at_once
+from users.tests.factories import UserFactory
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+async def following(path: str, **options: Any) -> Socket:
+    """Return a socket that has its snapshot."""
+    socket = Socket(path, **options)
+    assert (await socket.next())["type"] == "SNAPSHOT"
+    return socket
+
+
+# --- Resuming ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["address", "message"])
+@pytest.mark.parametrize("count", [3, 1203])
+def test_gets_exactly_what_it_missed(how, count):
+    drop = drop_with_events(count)
+
+    async def scenario() -> None:
+        if how == "address":
+            socket = Socket(f"/ws/drops/{drop.pk}?since=1")
+        else:
+            socket = await following(f"/ws/drops/{await other_drop()}")
+            await socket.say({"action": "subscribe", "dropId": str(drop.pk), "since": 1})
+        frames = await socket.up_to(count)
+        assert [(frame["prev"], frame["seq"]) for frame in frames] == [
+            (n - 1, n) for n in range(2, count + 1)
+        ]
+        await sync_to_async(update_drop)(drop.pk, name="Ember")
+        frame = await socket.next()
+        assert (frame["type"], frame["prev"], frame["seq"]) == ("DROP_UPDATED", count, count + 1)
+
+    in_loop(scenario)
+
+
+async def other_drop() -> uuid.UUID:
+    return (await sync_to_async(DropFactory)()).pk
+
+
+def test_what_the_process_remembers_needs_no_query(monkeypatch):
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        watcher = await following(f"/ws/drops/{drop.pk}")
+        for seq in range(1, 6):
+            await hub_module.get_hub()._take(message(drop, seq))
+        await watcher.up_to(5)
+        # The events of these messages were never logged, so nobody can have read them there.
+        socket = Socket(f"/ws/drops/{drop.pk}?since=2")
+        assert [frame["seq"] for frame in await socket.up_to(5)] == [3, 4, 5]
+
+    in_loop(scenario)
+
+
+def test_nothing_missed_is_nothing_sent():
+    drop = drop_with_events(2)
+
+    async def scenario() -> None:
+        socket = Socket(f"/ws/drops/{drop.pk}?since=2")
+        await socket.say({"action": "ping"})
+        assert (await socket.next())["type"] == "PONG"
+        await sync_to_async(update_drop)(drop.pk, name="Ember")
+        assert (await socket.next())["prev"] == 2
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("since", [0, 2, 9])
+def test_gets_the_state_where_the_log_does_not_reach_back(since):
+    drop = drop_with_events(5)
+    Event.objects.filter(drop=drop, seq__lte=3).delete()
+
+    async def scenario() -> None:
+        frame = await Socket(f"/ws/drops/{drop.pk}?since={since}").next()
+        assert (frame["type"], frame["data"]["drops"][0]["seq"]) == ("SNAPSHOT", 5)
+
+    in_loop(scenario)
+
+
+def test_gets_the_state_where_too_much_was_missed(monkeypatch):
+    monkeypatch.setattr(consumers, "MAX_REPLAY", 3)
+    drop = drop_with_events(5)
+
+    async def scenario() -> None:
+        assert (await Socket(f"/ws/drops/{drop.pk}?since=1").next())["type"] == "SNAPSHOT"
+        assert (await Socket(f"/ws/drops/{drop.pk}?since=2").next())["seq"] == 3
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            f"/ws/drops/{SOME_ID}?since={bad}"
+            for bad in ("", "-1", "x", "1.0", "²", 2**63, "1&since=1", "%00", "0x1", "9" * 5000)
+        ),
+        "/ws/drops?since=1",
+    ],
+)
+def test_refuses_to_resume_from_what_is_no_number_of_one_drop(path):
+    async def scenario() -> None:
+        assert await Socket(path).close_code() == consumers.BAD_MESSAGE
+
+    in_loop(scenario)
+
+
+def test_a_client_that_is_cut_off_again_and_again_misses_nothing(monkeypatch):
+    drop = drop_with_events(0)
+    choose = random.Random(5)
+
+    async def scenario() -> None:
+        async def change() -> None:
+            for number in range(120):
+                await sync_to_async(update_drop)(drop.pk, name=f"Edition {number}")
+
+        async def follow(seen: list[int]) -> None:
+            while not seen or seen[-1] < 120:
+                socket = Socket(f"/ws/drops/{drop.pk}?since={seen[-1] if seen else 0}")
+                for _ in range(choose.randint(1, 5)):
+                    frame = await socket.next()
+                    assert frame["prev"] == (seen[-1] if seen else 0)
+                    seen.append(frame["seq"])
+                    if frame["seq"] == 120:
+                        break
+                await socket.leave()
+
+        clients: list[list[int]] = [[] for _ in range(20)]
+        await asyncio.gather(change(), *(follow(seen) for seen in clients))
+        assert [seen[-1] for seen in clients] == [120] * 20
+
+    in_loop(scenario)
+
+
+# --- Limits -----------------------------------------------------------------------------
+
+
+def test_a_message_may_be_as_long_as_the_limit_and_no_longer(settings):
+    async def scenario() -> None:
+        socket = await following("/ws/drops")
+        await socket.say(json.dumps({"action": "ping"}).ljust(settings.SOCKET_MESSAGE_BYTES))
+        assert (await socket.next())["type"] == "PONG"
+        await socket.say(json.dumps({"action": "ping", "x": "€" * 6000}, ensure_ascii=False))
+        assert await socket.close_code() == consumers.MESSAGE_TOO_LARGE
+        socket = await following("/ws/drops")
+        await socket.say_bytes(bytes(settings.SOCKET_MESSAGE_BYTES + 1))
+        assert await socket.close_code() == consumers.MESSAGE_TOO_LARGE
+
+    in_loop(scenario)
+
+
+def test_too_many_messages_close_the_socket(settings):
+    settings.SOCKET_MESSAGES_PER_SECOND = 2
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops")
+        for _ in range(4):
+            await socket.say({"action": "ping"})
+            assert (await socket.next())["type"] == "PONG"
+        for _ in range(50):
+            await socket.say({"action": "ping"})
+        assert await socket.close_code() == consumers.TOO_MANY_MESSAGES
+
+    in_loop(scenario)
+
+
+def test_too_many_subscriptions_close_the_socket(settings):
+    settings.SOCKET_SUBSCRIPTIONS = 2
+    first, second, third = (str(drop.pk) for drop in DropFactory.create_batch(3))
+
+    async def scenario() -> None:
+        socket = await following(f"/ws/drops/{first}")
+        for drop_id in (second, second, first):
+            await socket.say({"action": "subscribe", "dropId": drop_id})
+            assert (await socket.next())["type"] == "SNAPSHOT"
+        await socket.say({"action": "unsubscribe", "dropId": second})
+        await socket.say({"action": "subscribe", "dropId": third})
+        assert (await socket.next())["data"]["drops"][0]["id"] == third
+        await socket.say({"action": "subscribe", "dropId": second})
+        assert await socket.close_code() == consumers.TOO_MANY_SUBSCRIPTIONS
+
+    in_loop(scenario)
+
+
+def test_an_address_and_a_process_have_room_for_so_many_sockets(settings):
+    settings.SOCKETS_PER_ADDRESS, settings.SOCKETS_PER_PROCESS = 2, 3
+
+    async def scenario() -> None:
+        assert open_connections._total == 0
+        sockets = [await following("/ws/drops") for _ in range(2)]
+        assert await Socket().close_code() == consumers.TOO_MANY_SOCKETS
+        sockets.append(await following("/ws/drops", address="127.0.0.2"))
+        assert await Socket(address="127.0.0.3").close_code() == consumers.PROCESS_IS_FULL
+        await sockets[0].leave()
+        sockets[0] = await following("/ws/drops")
+        for socket in sockets:
+            await socket.leave()
+        # Also those who never came further count no more.
+        assert await Socket("/ws/drops/x").close_code() == consumers.NOT_FOUND
+        assert (open_connections._total, open_connections._by_address) == (0, {})
+
+    in_loop(scenario)
+
+
+# --- Clients that don't read ------------------------------------------------------------
+
+
+def test_who_reads_again_gets_the_newest_states_and_every_purchase(monkeypatch):
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        slow, quick = [await following(f"/ws/drops/{drop.pk}") for _ in range(2)]
+        slow.reads.clear()
+        kinds = {5: "PURCHASE_COMPLETED", 9: "RESERVATION_EXPIRED"}
+        for seq in range(1, 13):
+            await hub_module.get_hub()._take(message(drop, seq, kind=kinds.get(seq, STOCK)))
+            await quick.up_to(seq)
+        slow.reads.set()
+        frames = await slow.up_to(12)
+        # The first was already on its way.
+        assert [(frame["prev"], frame["seq"]) for frame in frames] == [
+            (0, 1),
+            (1, 5),
+            (5, 9),
+            (9, 12),
+        ]
+        await hub_module.get_hub()._take(message(drop, 13))
+        assert (await slow.next())["prev"] == 12
+
+    in_loop(scenario)
+
+
+def test_who_does_not_read_is_closed_and_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr(consumers, "SLOWEST_READ_SECONDS", 0.3)
+    monkeypatch.setattr(consumers, "CLOSE_SECONDS", 0.3)
+    drop = drop_with_events(0)
+    cut: asyncio.Queue[Any] = asyncio.Queue()
+    monkeypatch.setattr(consumers.backpressure, "abort", cut.put_nowait)
+
+    async def scenario() -> None:
+        slow, gone, quick = [await following(f"/ws/drops/{drop.pk}") for _ in range(3)]
+        slow.reads.clear()
+        gone.reads.clear()
+        for seq in range(1, 4):
+            await hub_module.get_hub()._take(message(drop, seq))
+            assert (await quick.next())["seq"] == seq
+        # Told to both; the connection of who does not even read that is cut.
+        await asyncio.sleep(0.45)
+        assert len(hub_module.get_hub()._watching[str(drop.pk)]) == 1
+        slow.reads.set()
+        assert await slow.close_code() == consumers.TOO_SLOW
+        await asyncio.wait_for(cut.get(), 5)
+
+    in_loop(scenario)
+
+
+def test_a_heartbeat_never_overtakes_what_it_counts(monkeypatch):
+    monkeypatch.setattr(hub_module, "HEARTBEAT_SECONDS", 0.005)
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        socket = await following(f"/ws/drops/{drop.pk}")
+        hub, last = hub_module.get_hub(), 0
+        for seq in range(1, 60):
+            await hub._take(message(drop, seq))
+            if seq % 20 == 0:
+                socket.reads.clear()
+                await asyncio.sleep(0.02)
+                socket.reads.set()
+            await asyncio.sleep(0.003)
+        while last < 59:
+            frame = await asyncio.wait_for(socket._frames.get(), 5)
+            if frame["type"] == "HEARTBEAT":
+                assert frame["data"]["seqs"][str(drop.pk)] <= last
+            else:
+                assert frame["prev"] == last
+                last = frame["seq"]
+
+    in_loop(scenario)
+
+
+# --- Any message ------------------------------------------------------------------------
+
+
+def test_five_thousand_fuzzed_frames_are_refused_without_an_error(caplog):
+    choose = random.Random(23)
+    expected = {consumers.BAD_MESSAGE, consumers.MESSAGE_TOO_LARGE}
+
+    async def scenario() -> None:
+        for _ in range(100):
+            sockets = [await following("/ws/drops") for _ in range(50)]
+            for socket in sockets:
+                await say_noise(socket, choose)
+            codes = {await socket.close_code() for socket in sockets}
+            assert codes <= expected
+        assert open_connections._total == 0
+        assert await following("/ws/drops")
+
+    in_loop(scenario)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def say_noise(socket: Socket, choose: random.Random) -> None:
+    nasty = ["\x00", "\ud7ff", "\u202e", '"', "{", "[", "\\", "é", "𝄞", " ", "9" * 30, "NaN"]
+    text = "".join(choose.choice(nasty) for _ in range(choose.randint(0, 40)))
+    values: list[Any] = [None, True, -1, 1e308, 2**70, text, [text], {text: text}, "subscribe"]
+    drop_ids = [*values, str(uuid.uuid4())]
+    message = {"action": choose.choice(values), "dropId": choose.choice(drop_ids)}
+    message["since"] = "bad"
+    kinds = [
+        text,
+        json.dumps(message),
+        json.dumps([message]),
+        json.dumps(message)[: choose.randint(0, 60)],
+        "[" * choose.choice([10, 5000]),
+        text * 600 + "x" * 16_000,
+    ]
+    if choose.random() < 0.2:
+        await socket.say_bytes(choose.randbytes(choose.randint(0, 50)))
+    else:
+        await socket.say(choose.choice(kinds))
+
+
+# --- Origin -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        (None, True),
+        ("https://shop.example.com", True),
+        ("http://testserver", True),
+        ("https://evil.example.com", False),
+        ("https://shop.example.com.evil.example.com", False),
+        ("http://testserver:81", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_only_known_origins_may_connect(settings, origin, allowed):
+    settings.CORS_ALLOW_ALL_ORIGINS = False
+    settings.CORS_ALLOWED_ORIGINS = ["https://shop.example.com"]
+    headers = {"Host": "testserver"} | ({} if origin is None else {"Origin": origin})
+
+    async def scenario() -> None:
+        if allowed:
+            assert await following("/ws/drops", headers=headers)
+        else:
+            socket = Socket(headers=headers)
+            await socket.close_code()
+            assert socket.accepted is None
+
+    in_loop(scenario)
+
+
+# --- Identity ---------------------------------------------------------------------------
+
+
+def test_a_ticket_serves_one_socket(client_of):
+    user = UserFactory()
+    answer = client_of(user).post("/api/ws-ticket")
+    assert (answer.status_code, answer["Cache-Control"]) == (201, "no-store")
+    offer = ("drops.v1", f"ticket.{answer.json()['ticket']}")
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", subprotocols=offer)
+        assert socket.accepted["subprotocol"] == "drops.v1"
+        assert (await socket.next())["type"] == "HOLDS"
+        assert await Socket(subprotocols=offer).close_code() == consumers.INVALID_IDENTITY
+
+    in_loop(scenario)
+    assert SocketTicket.objects.count() == 0
+
+
+def test_a_ticket_is_for_somebody_and_soon_over(client_of):
+    assert client_of().post("/api/ws-ticket").json()["code"] == "identity_required"
+    user = UserFactory()
+    ticket = issue_ticket(user)
+    assert ticket.expires_at - read_clock() < timedelta(seconds=30)
+    SocketTicket.objects.update(expires_at=F("expires_at") - timedelta(seconds=30))
+    assert use_ticket(ticket.value) is None
+    issue_ticket(user)
+    assert SocketTicket.objects.count() == 1
+
+
+def test_a_ticket_of_a_user_who_was_switched_off_is_void():
+    user = UserFactory()
+    ticket = issue_ticket(user)
+    user.is_active = False
+    user.save()
+
+    assert use_ticket(ticket.value) is None
+
+
+def test_of_many_who_come_with_one_ticket_one_gets_in():
+    user = UserFactory()
+    ticket = issue_ticket(user)
+
+    outcomes = at_once(*[lambda: use_ticket(ticket.value)] * 8)
+
+    assert [user_id for user_id in outcomes if user_id] == [user.pk]
+
+
+@pytest.mark.parametrize("ticket", ["", "x", "ticket", "\x00", "é" * 100])
+def test_what_is_no_ticket_lets_nobody_in(ticket):
+    async def scenario() -> None:
+        socket = Socket(subprotocols=("drops.v1", f"ticket.{ticket}"))
+        assert await socket.close_code() == consumers.INVALID_IDENTITY
+
+    in_loop(scenario)
+
+
+def test_outside_development_an_unknown_user_is_refused(settings):
+    settings.CREATE_UNKNOWN_USERS = False
+
+    async def scenario() -> None:
+        socket = Socket(headers={"X-User-Id": str(uuid.uuid4())})
+        assert await socket.close_code() == consumers.INVALID_IDENTITY
+
+    in_loop(scenario)
+
+
+# --- Private events ---------------------------------------------------------------------
+
+
+def test_a_user_is_told_what_becomes_of_the_own_holds_and_nobody_else():
+    user, other = UserFactory.create_batch(2)
+    first, second, third, fourth = DropFactory.create_batch(4)
+    released = reserve(first.pk, Claim(user.pk))
+    expired = reserve(second.pk, Claim(user.pk))
+    bought = reserve(third.pk, Claim(user.pk))
+    voided = reserve(fourth.pk, Claim(user.pk))
+    # Changed below, where no drop is locked; about to end.
+    Reservation.objects.filter(pk=bought.pk).update(expires_at=read_clock() + timedelta(seconds=9))
+
+    async def scenario() -> None:
+        mine = await following(f"/ws/drops/{first.pk}", headers={"X-User-Id": str(user.pk)})
+        theirs = await following("/ws/drops", headers={"X-User-Id": str(other.pk)})
+        nobodys = await following("/ws/drops")
+        assert (await theirs.next())["data"] == {"holds": []}
+        holds = await mine.next()
+        assert (holds["type"], holds.keys()) == ("HOLDS", {"type", "ts", "data"})
+        assert {hold["reservationId"] for hold in holds["data"]["holds"]} == {
+            str(hold.pk) for hold in (released, expired, bought, voided)
+        }
+        expiring = await private(mine)
+        assert (expiring["type"], expiring["data"]["reservationId"]) == (
+            "HOLD_EXPIRING",
+            str(bought.pk),
+        )
+        assert expiring["data"].keys() == {
+            "dropId",
+            "reservationId",
+            "variantId",
+            "quantity",
+            "expiresAt",
+        }
+        for happen, kind, hold in [
+            (lambda: release(released.pk, user), "HOLD_RELEASED", released),
+            (lambda: expire(expired), "HOLD_EXPIRED", expired),
+            (lambda: purchase(third.pk, user.pk), "PURCHASE_CONFIRMED", bought),
+            (lambda: _end_hold(voided.pk, ReservationStatus.VOIDED), "HOLD_RELEASED", voided),
+        ]:
+            await sync_to_async(happen)()
+            frame = await private(mine)
+            assert (frame["type"], frame["data"]["reservationId"]) == (kind, str(hold.pk))
+            assert frame["data"]["dropId"] == str(hold.drop_id)
+        for socket in (theirs, nobodys):
+            while not socket._frames.empty():
+                assert "seq" in await socket.next()
+
+    in_loop(scenario)
+
+
+async def private(socket: Socket) -> dict[str, Any]:
+    while "seq" in (frame := await socket.next()):
+        continue
+    return frame
+
+
+def expire(hold: Reservation) -> None:
+    Reservation.objects.filter(pk=hold.pk).update(
+        created_at=AT - timedelta(days=3000), expires_at=AT - timedelta(days=2999)
+    )
+    expire_all_due()
+
+
+def test_a_purchase_is_told_even_if_its_hold_was_never_seen():
+    drop, user = DropFactory(), UserFactory()
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", headers={"X-User-Id": str(user.pk)})
+        assert (await socket.next())["type"] == "HOLDS"
+
+        def buy() -> Any:
+            reserve(drop.pk, Claim(user.pk))
+            return purchase(drop.pk, user.pk)
+
+        bought = await sync_to_async(buy)()
+        frame = await private(socket)
+        assert (frame["type"], frame["data"]["purchaseId"]) == (
+            "PURCHASE_CONFIRMED",
+            str(bought.pk),
+        )
+
+    in_loop(scenario)

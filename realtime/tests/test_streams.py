@@ -1,0 +1,281 @@
+"""The event log over HTTP: pages, and server-sent events of real servers."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any
+
+import httpx
+import pytest
+from django.core.management import CommandError, call_command
+
+from config.database import read_clock
+from drops.services import update_drop
+from drops.tests.factories import DropFactory
+from realtime.models import Event
+from realtime.tests.test_hub import drop_with_events
+from tests.servers import WebServer, running_web_servers
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+# --- Pages ------------------------------------------------------------------------------
+
+
+def test_pages_lead_through_all_events_in_order(client_of):
+    drop = drop_with_events(5)
+    address, seqs = f"/api/drops/{drop.pk}/events?limit=2", []
+
+    while address:
+        page = client_of().get(address).json()
+        assert page.keys() == {"next", "results"}
+        seqs.append([event["seq"] for event in page["results"]])
+        address = page["next"]
+
+    assert seqs == [[1, 2], [3, 4], [5]]
+    assert page["results"][0] == {
+        "type": "STOCK_UPDATED",
+        "dropId": str(drop.pk),
+        "seq": 5,
+        "prev": 4,
+        "ts": "2026-11-22T18:00:00.120000Z",
+        "data": {"n": 5},
+    }
+
+
+def test_a_page_begins_after_what_one_has(client_of):
+    drop = drop_with_events(5)
+
+    def seqs(query: str) -> list[int]:
+        page = client_of().get(f"/api/drops/{drop.pk}/events/{query}").json()
+        return [event["seq"] for event in page["results"]]
+
+    assert (seqs("?after=3"), seqs("?after=5"), seqs("?after=0")) == ([4, 5], [], [1, 2, 3, 4, 5])
+    Event.objects.filter(drop=drop, seq__lt=3).delete()
+    assert (seqs(""), seqs("?after=2")) == ([3, 4, 5], [3, 4, 5])
+
+
+@pytest.mark.parametrize("after", [1, 6])
+def test_says_that_the_log_does_not_reach_back(client_of, after):
+    drop = drop_with_events(5)
+    Event.objects.filter(drop=drop, seq__lt=3).delete()
+
+    answer = client_of().get(f"/api/drops/{drop.pk}/events?after={after}")
+
+    assert (answer.status_code, answer.json()["code"]) == (410, "events_gone")
+
+
+@pytest.mark.parametrize(
+    "query", ["after=x", "after=-1", f"after={2**63}", "limit=0", "limit=1001"]
+)
+def test_refuses_a_query_that_is_out_of_bounds(client_of, query):
+    drop = drop_with_events(1)
+
+    answer = client_of().get(f"/api/drops/{drop.pk}/events?{query}")
+
+    assert (answer.status_code, answer.json()["code"]) == (400, "validation_error")
+
+
+def test_drafts_and_unknown_drops_have_no_events(client_of):
+    draft = DropFactory(draft=True)
+
+    for drop_id in (draft.pk, uuid.uuid4(), "x"):
+        answer = client_of().get(f"/api/drops/{drop_id}/events")
+        assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+
+
+# --- Streams ----------------------------------------------------------------------------
+
+
+class Stream:
+    """Server-sent events as they come."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self.answer = answer
+        self._lines = answer.iter_lines()
+
+    def next(self) -> dict[str, Any]:
+        """Return the next event: its id, its name and its frame."""
+        event: dict[str, Any] = {}
+        for line in self._lines:
+            name, _, value = line.partition(": ")
+            if not line and "data" in event:
+                return event
+            event[name] = json.loads(value) if name in ("data", "id") else value
+        raise EOFError
+
+
+@contextmanager
+def streaming(server: WebServer, drop_id: Any, query: str = "", **headers: str) -> Iterator[Stream]:
+    headers = {"Accept": "text/event-stream"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    address = f"{server.url}/api/drops/{drop_id}/events{query}"
+    with (
+        httpx.Client(trust_env=False) as client,
+        client.stream("GET", address, headers=headers, timeout=10) as answer,
+    ):
+        yield Stream(answer)
+
+
+@pytest.mark.servers
+def test_a_stream_begins_with_the_state_and_goes_on_with_every_event(web_server):
+    drop = drop_with_events(2)
+
+    with streaming(web_server, drop.pk) as stream:
+        assert stream.answer.headers["content-type"] == "text/event-stream"
+        first = stream.next()
+        assert (first["event"], first["id"]) == ("SNAPSHOT", 2)
+        assert first["data"]["data"]["drops"][0]["id"] == str(drop.pk)
+        for number in range(20):
+            update_drop(drop.pk, name=f"Edition {number}")
+        events = [stream.next() for _ in range(20)]
+
+    # In a rush, of which a socket gets the newest only.
+    assert [event["id"] for event in events] == list(range(3, 23))
+    assert [event["data"]["prev"] for event in events] == list(range(2, 22))
+    assert {event["event"] for event in events} == {"DROP_UPDATED"}
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [("?after=2", {}), ("", {"Last_Event_ID": "2"}), ("?after=9", {"Last_Event_ID": "2"})],
+)
+def test_a_stream_goes_on_where_the_one_before_ended(web_server, query, headers):
+    drop = drop_with_events(600)
+
+    with streaming(web_server, drop.pk, query, **headers) as stream:
+        assert [stream.next()["id"] for _ in range(598)] == list(range(3, 601))
+        update_drop(drop.pk, name="Ember")
+        assert stream.next()["id"] == 601
+
+
+@pytest.mark.servers
+def test_a_stream_refuses_as_the_pages_do(web_server):
+    drop, draft = drop_with_events(1), DropFactory(draft=True)
+
+    for drop_id, query, headers, expected in [
+        (draft.pk, "", {}, (404, "not_found")),
+        (uuid.uuid4(), "", {}, (404, "not_found")),
+        ("x", "", {}, (404, "not_found")),
+        (drop.pk, "?after=x", {}, (400, "validation_error")),
+        (drop.pk, "", {"Last_Event_ID": "9" * 5000}, (400, "validation_error")),
+        (drop.pk, "", {"X_User_Id": "me"}, (401, "invalid_identity")),
+    ]:
+        with streaming(web_server, drop_id, query, **headers) as stream:
+            stream.answer.read()
+            assert (stream.answer.status_code, stream.answer.json()["code"]) == expected
+
+
+@pytest.mark.servers
+def test_streams_are_counted_and_end_with_their_server():
+    drop = drop_with_events(1)
+    with running_web_servers(WebServer("uvicorn", SOCKETS_PER_ADDRESS="2")) as (server,):
+        with streaming(server, drop.pk) as one, streaming(server, drop.pk) as two:
+            assert [stream.next()["event"] for stream in (one, two)] == ["SNAPSHOT"] * 2
+            with streaming(server, drop.pk) as third:
+                assert (third.answer.status_code, third.answer.headers["retry-after"]) == (429, "5")
+            server.send_signal(signal.SIGTERM)
+            for stream in (one, two):
+                with pytest.raises(EOFError):
+                    stream.next()
+        assert server.wait(10) in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.log
+
+
+# --- Who does not read ------------------------------------------------------------------
+
+
+@pytest.mark.servers
+def test_who_never_reads_is_cut_off_and_costs_little_memory(session_web_servers, session_uvicorn):
+    """Ten megabytes wait for each of ten clients per server, on sockets and streams."""
+    drop = DropFactory(seq=2500)
+    Event.objects.bulk_create(
+        Event(drop_id=drop.pk, seq=n, type="STOCK_UPDATED", data={"n": "x" * 4000}, created_at=now)
+        for now in [read_clock()]
+        for n in range(1, 2501)
+    )
+    servers = [session_web_servers[0], session_uvicorn]
+    for server in servers:  # What a first request needs stays for good.
+        with streaming(server, drop.pk, "?after=0") as stream:
+            assert [stream.next()["id"] for _ in range(2500)][-1] == 2500
+    memory, files = [memory_mb(s) for s in servers], [open_files(s) for s in servers]
+
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            for request in [HANDSHAKE.format(drop.pk)] * 6 + [STREAM.format(drop.pk)] * 4:
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", server.port))
+                client.sendall(request.encode())
+        time.sleep(2)
+        grown = [memory_mb(s) - was for s, was in zip(servers, memory, strict=True)]
+        # A few connections to the database may have come.
+        give_up_at = time.monotonic() + 30
+        while any(open_files(s) > was + 4 for s, was in zip(servers, files, strict=True)):
+            assert time.monotonic() < give_up_at
+            time.sleep(0.1)
+
+    assert max(grown) < 20
+
+
+HANDSHAKE = (
+    "GET /ws/drops/{}?since=0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+STREAM = (
+    "GET /api/drops/{}/events?after=0 HTTP/1.1\r\nHost: localhost\r\n"
+    "Accept: text/event-stream\r\n\r\n"
+)
+
+
+def open_files(server: WebServer) -> int:
+    return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+
+def memory_mb(server: WebServer) -> float:
+    with open(f"/proc/{server.pid}/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
+# --- Pruning ----------------------------------------------------------------------------
+
+
+def prune(*arguments: str) -> str:
+    output = StringIO()
+    call_command("prune_events", *arguments, stdout=output)
+    return output.getvalue()
+
+
+def test_prunes_what_is_older_than_a_day_in_batches():
+    old, new = drop_with_events(7), DropFactory(seq=1)
+    Event.objects.create(drop=new, seq=1, type="STOCK_UPDATED", data={}, created_at=read_clock())
+    Event.objects.filter(drop=old).update(created_at="2020-01-01T00:00:00Z")
+
+    assert prune("--batch", "3", "-v", "2").splitlines() == [
+        "3 events deleted ...",
+        "6 events deleted ...",
+        "7 events deleted ...",
+        "7 events deleted.",
+    ]
+    assert list(Event.objects.values_list("drop", flat=True)) == [new.pk]
+    assert prune() == "0 events deleted.\n"
+
+
+@pytest.mark.parametrize("arguments", [("--hours", "0.9"), ("--hours", "x"), ("--batch", "0")])
+def test_refuses_to_prune_what_clients_still_need(arguments):
+    event = drop_with_events(1)
+
+    with pytest.raises(CommandError):
+        prune(*arguments)
+
+    assert event.events.count() == 1
