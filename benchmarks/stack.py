@@ -129,7 +129,6 @@ class Stack:
             "REDIS_URL": self._servers.redis_url,
             "RESERVATION_TTL_SECONDS": str(HOLD_SECONDS),
             "HOT_ROUTES": "true",
-<<<<<<< HEAD
             # The load names its users itself, and comes from one address.
             "IDENTITY_MODE": "header",
             "TRUST_IDENTITY_HEADERS": "true",
@@ -137,10 +136,8 @@ class Stack:
                 f"RATE_LIMIT_{action}_PER_ADDRESS": "off"
                 for action in ("RESERVE", "PURCHASE", "CREATE", "SOCKET")
             },
-=======
             # All clients have the same address here.
             "SOCKETS_PER_ADDRESS": "0",
->>>>>>> main
             "LOG_LEVEL": "WARNING",
         }
 

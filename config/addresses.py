@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Any
 
 from django.conf import settings
 
@@ -23,6 +24,14 @@ def client_address(peer: str | None, forwarded_for: str | None) -> str:
     while hops and is_trusted(address):
         address = hops.pop()
     return subnet(address)
+
+
+def socket_address(scope: dict[str, Any]) -> str:
+    """Return the client's address by an ASGI scope; see ``client_address``."""
+    client = scope.get("client")
+    given = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    forwarded_for = b",".join(given).decode("latin-1") if given else None
+    return client_address(client[0] if client else None, forwarded_for)
 
 
 @lru_cache(10_000)

@@ -19,7 +19,7 @@ from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
 
-from config.addresses import client_address
+from config.addresses import socket_address
 from config.answers import cors_headers, security_headers
 from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
@@ -84,8 +84,7 @@ class HotRequest:
         )
 
     def client_address(self) -> str:
-        client = self.scope.get("client")
-        return client_address(client[0] if client else None, self.header(b"x-forwarded-for"))
+        return socket_address(self.scope)
 
 
 @dataclass(slots=True)

@@ -207,7 +207,8 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": f"django.contrib.auth.password_validation.{name}"}
     for name in ("MinimumLengthValidator", "CommonPasswordValidator", "NumericPasswordValidator")
 ]
-<<<<<<< HEAD
+# Only staff sign in, and only to the admin.
+LOGIN_REDIRECT_URL = "admin:index"
 # How requests show who is asking; docs/identity.md has all three.
 IDENTITY_MODE = env.choice(
     "IDENTITY_MODE", "header" if DEBUG else "gateway", ("header", "gateway", "jwt")
@@ -259,12 +260,6 @@ RATE_LIMITS = {
     "create": rate_limit("create", "30", "120"),
     "socket": rate_limit("socket", "60", "600"),
 }
-=======
-# Only staff sign in, and only to the admin.
-LOGIN_REDIRECT_URL = "admin:index"
-# Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
-CREATE_UNKNOWN_USERS = DEBUG
->>>>>>> main
 
 # --- REST -------------------------------------------------------------------------------
 
@@ -345,6 +340,7 @@ CONTENT_SECURITY_POLICIES = {
     # Swagger UI and Redoc make styles as they go, and Redoc searches in a worker.
     "/api/docs": _VIEWERS,
     "/api/redoc": _VIEWERS,
+    "/api/asyncapi": CONTENT_SECURITY_POLICY,
     "/api/": "default-src 'none'; frame-ancestors 'none'",
 }
 X_FRAME_OPTIONS = "DENY"

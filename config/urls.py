@@ -56,14 +56,9 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
-<<<<<<< HEAD
-    re_path(r"", no_such_address),
-=======
     re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
     re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
-    # Django's own answer to an unknown address in DEBUG is a page with a traceback.
-    re_path(r"", lambda request: handler404(request)),
->>>>>>> main
+    re_path(r"", no_such_address),
 ]
 
 urlpatterns = [

@@ -34,13 +34,10 @@ from drops.services import adjust_stock, create_drop, status_on_sale, update_dro
 from drops.timeline import describe, read_timeline
 from users.models import User
 
-<<<<<<< HEAD
 WINDOW_AND_LIMITS = [
     *("starts_at", "ends_at", "max_per_user"),
     *("max_expired_holds", "hold_cooldown_seconds"),
 ]
-=======
-WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
 STATUS_LABELS = {
     DropStatus.SCHEDULED.label: "info",
     DropStatus.LIVE.label: "success",
@@ -257,7 +254,6 @@ def size_and_stock(variant: Variant) -> str:
         f"{variant.label}: {variant.available_stock} available, {variant.held_stock} held, "
         f"{variant.sold_stock} sold"
     )
->>>>>>> main
 
 
 class DropForm(ServiceForm):
@@ -375,11 +371,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
     ]
     fieldsets = [
         (None, {"fields": ["id", "name", "description", "image_url", "price", "currency"]}),
-<<<<<<< HEAD
-        ("Sale", {"fields": ["status", "status_now", *WINDOW_AND_LIMITS]}),
-=======
-        ("Sale", {"fields": ["status_label", *WINDOW_AND_LIMIT]}),
->>>>>>> main
+        ("Sale", {"fields": ["status_label", *WINDOW_AND_LIMITS]}),
         (
             "Stock",
             {
@@ -399,13 +391,8 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         (
             "Sale",
             {
-<<<<<<< HEAD
                 "fields": WINDOW_AND_LIMITS,
-                "description": "Without a start the drop is a draft until its status is changed.",
-=======
-                "fields": WINDOW_AND_LIMIT,
                 "description": "Without a start the drop is a draft until it is published.",
->>>>>>> main
             },
         ),
         ("Stock", {"fields": ["total_stock", "sizes"]}),

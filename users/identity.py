@@ -214,6 +214,17 @@ def get_user(identity: Identity) -> User:
     return user
 
 
+def refuse_unknown(identity: Identity) -> None:
+    """Check that ``identity`` may be somebody, without making a user: to look is no reason to.
+
+    Raises:
+        UnknownUser: staff switched the user off, or nobody new becomes one.
+    """
+    is_active = User.objects.filter(pk=identity.user_id).values_list("is_active", flat=True).first()
+    if is_active is False or (is_active is None and not settings.CREATE_UNKNOWN_USERS):
+        raise UnknownUser
+
+
 def create_users(identities: Iterable[Identity]) -> None:
     """Make users of those ``identities`` that are none yet; a taken name gets a suffix."""
     missing = {identity.user_id: identity for identity in identities}

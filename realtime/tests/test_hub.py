@@ -18,24 +18,10 @@ from drops.services import update_drop
 from drops.tests.factories import DropFactory
 from realtime import hub as hub_module
 from realtime import log, publisher
-<<<<<<< HEAD
-from realtime.consumers import (
-    MAX_WAITING_FRAMES,
-    TOO_SLOW,
-    DropConsumer,
-    parse_message,
-)
-from realtime.frames import event_frame, heartbeat_frame, is_uuid, snapshot_frame
-from realtime.hub import Hub, get_hub
-from realtime.models import Event
-from users.exceptions import InvalidIdentity
-from users.identity import identify_socket
-=======
 from realtime.consumers import parse_message
 from realtime.frames import EventFrame, Message, heartbeat_frame, is_uuid, snapshot_frame
 from realtime.hub import Feed, Hub, get_hub
 from realtime.models import Event
->>>>>>> main
 
 SOME_ID = "5f0c7a52-2f0e-4f66-9a3e-8d1f3a0c9b11"
 STOCK = "STOCK_UPDATED"
@@ -473,25 +459,6 @@ def test_no_text_at_all_breaks_the_reading_of_messages():
         parse_message(f'{{"action": "subscribe", "dropId": {noise}}}')
 
 
-<<<<<<< HEAD
-def opened_with(*user_ids: bytes) -> dict[str, Any]:
-    headers = [(b"x-user-id", value) for value in user_ids]
-    return {"path": "/ws/drops", "query_string": b"", "headers": headers}
-
-
-@pytest.mark.parametrize("values", [[], [SOME_ID], [SOME_ID.upper()]])
-def test_accepts_no_identity_and_a_valid_one(values):
-    identify_socket(opened_with(*[value.encode() for value in values]))
-
-
-@pytest.mark.parametrize("values", [[b""], [b"me"], [b"\xff"], [SOME_ID.encode()] * 2])
-def test_refuses_an_invalid_identity(values):
-    with pytest.raises(InvalidIdentity):
-        identify_socket(opened_with(*values))
-
-
-=======
->>>>>>> main
 # --- The frames -------------------------------------------------------------------------
 
 

@@ -131,11 +131,7 @@ class Command(BaseCommand):
 
 def server_command(server: str, host: str, port: int, workers: int) -> list[str]:
     if server == "daphne":
-        return [
-            *("-m", "daphne", "-v", "0", "-b", host, "-p", str(port)),
-            *("--websocket-max-message-size", "16384"),
-            "config.asgi:application",
-        ]
+        return ["-m", "daphne", "-v", "0", "-b", host, "-p", str(port), "config.asgi:application"]
     return [
         *("-m", "uvicorn", "config.asgi:application", "--host", host, "--port", str(port)),
         *("--workers", str(workers), "--log-level", "warning", "--no-access-log"),
