@@ -75,7 +75,7 @@ class Page:
         self.meanwhile = []
 
     def fold(self, drop_id: str, events: Sequence[News]) -> None:
-        """Apply a drop's events; what can't be applied makes the page old instead."""
+        """Apply a drop's events; what can't be applied, or isn't told, makes the page old."""
         for index, drop in enumerate(self.drops):
             if drop["id"] == drop_id:
                 for seq, event_type, data in events:
@@ -87,6 +87,8 @@ class Page:
                 self.body = None
                 if not self.is_list:
                     self.data = drop
+                if not events:
+                    self.read_at = float("-inf")
         if self.is_list and any(changes_membership(event_type) for _, event_type, _ in events):
             self.read_at = float("-inf")
 

@@ -92,7 +92,6 @@ def message(
     """Return what the publisher sends about a drop's events ``seqs``."""
     events = [{"seq": n, "type": kind, "ts": AT.timestamp(), "data": {}} for n in seqs]
     return {
-        "type": "drop.events",
         "drop_id": str(drop.pk),
         "seq": seqs[-1],
         "events": events if carries_events else [],
