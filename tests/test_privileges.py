@@ -254,22 +254,27 @@ async def open_socket(address: str, headers: dict[str, str]) -> Any:
 def test_sockets_open_for_everybody_but_liars(mode, servers):
     world = World()
     honest_ones = {who: honest(mode, who) for who in WHO}
-    liars = dict(LIARS[mode])
-    cells, expected = {}, {}
+    liars = LIARS[mode]
+    asked = {
+        (name, socket): asker(world, "GET", world.address(socket), b"")
+        for name, asker in (honest_ones | liars).items()
+        for socket in SOCKETS
+    }
 
-    async def fill() -> None:
-        for name, asker in {**honest_ones, **liars}.items():
-            for socket in SOCKETS:
-                address = world.address(socket)
-                cells[name, socket] = await open_socket(address, asker(world, "GET", address, b""))
-                expected[name, socket] = SOCKET_IS_REFUSED if name in liars else SOCKET_IS_OPEN
-
+    async def fill() -> dict[tuple[str, str], Any]:
+        cells = {
+            (name, socket): await open_socket(world.address(socket), headers)
+            for (name, socket), headers in asked.items()
+        }
         # The thread's own, which would outlive the test.
         await database_sync_to_async(lambda: connection.close())()
+        return cells
 
     with identity_mode(mode):
-        asyncio.run(fill())
-    assert cells == expected
+        cells = asyncio.run(fill())
+    assert cells == {
+        cell: SOCKET_IS_REFUSED if cell[0] in liars else SOCKET_IS_OPEN for cell in asked
+    }
 
 
 @LANES

@@ -17,7 +17,7 @@ from config.problems import RateLimited
 from config.rate_limits import Limit, RateLimits
 from drops.models import Drop
 from drops.tests.factories import DropFactory
-from realtime.consumers import TOO_OFTEN
+from realtime.consumers import TOO_MANY_SOCKETS
 from tests.hot import hot_lane, viewset_lane
 from users.tests.factories import UserFactory
 
@@ -232,4 +232,4 @@ def test_sockets_are_limited(limits, servers, db):
         return codes
 
     # There is no such drop; who comes too often doesn't even learn that.
-    assert asyncio.run(code_of_each()) == [4404, 4404, TOO_OFTEN]
+    assert asyncio.run(code_of_each()) == [4404, 4404, TOO_MANY_SOCKETS]
