@@ -365,6 +365,9 @@ if SECURE_SSL_REDIRECT:
 
 # --- Pages and files --------------------------------------------------------------------
 
+# Where a visitor of the shop signs in, where that is not the shop's own matter.
+SIGN_IN_URL = env.text("SIGN_IN_URL", "")
+
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 FIXTURE_DIRS = [BASE_DIR / "fixtures"]
