@@ -13,8 +13,10 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
+from config import daphne_limits  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
+from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
 from drops.group_commit import GroupCommit  # noqa: E402
 from purchases.asgi import PurchaseEndpoint  # noqa: E402
@@ -40,8 +42,15 @@ def http_application() -> BodyLimit | HotRoutes:
     )
 
 
+# daphne reads its listener's class when it starts, after it has imported this module.
+if "daphne.server" in sys.modules:
+    daphne_limits.install()
+
 application = ProtocolTypeRouter(
-    {"http": EventStreams(http_application()), "websocket": URLRouter(websocket_urlpatterns)}
+    {
+        "http": EventStreams(http_application()),
+        "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
+    }
 )
 
 # What exists by now lives as long as the process: leave it out of all further collections,

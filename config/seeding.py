@@ -18,6 +18,7 @@ from typing import Any
 
 from django.apps import apps
 from django.contrib.auth.hashers import make_password
+from django.contrib.auth.models import Group
 from django.core.management.color import no_style
 from django.db import connection
 from django.db.models import Model
@@ -25,6 +26,7 @@ from faker import Faker
 from rest_framework.renderers import JSONRenderer
 from rest_framework.serializers import BaseSerializer
 
+from control.roles import ROLES
 from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.services import LockedDrop, drop_payload
 from purchases.models import Purchase, PurchaseStatus
@@ -42,6 +44,11 @@ DEMO_USERNAME = "demo"
 DEMO_DROP_ID = uuid.UUID("00000000-0000-4000-8000-00000000d001")
 ADMIN_ID = uuid.UUID("00000000-0000-4000-8000-00000000ad01")
 ADMIN_USERNAME = ADMIN_PASSWORD = "admin"  # noqa: S105 - only ever given out in DEBUG
+# One for each role; the password is the name, as with the admin.
+STAFF_IDS = {
+    role: uuid.UUID(f"00000000-0000-4000-8000-00000000ad{number:02}")
+    for number, role in enumerate(ROLES, start=2)
+}
 
 # In this order, so that each row comes after those it refers to.
 MODELS: tuple[type[Model], ...] = (
@@ -610,6 +617,9 @@ class DemoData:
         for model in (StockAdjustment, Event):
             self.rows[model].sort(key=attrgetter("created_at"))
         self.make_idempotency_keys()
+        # Never beside an admin whom somebody else has made: the passwords are known.
+        if admin_login and not self.present.admin:
+            self.make_staff()
 
     def new_id(self) -> uuid.UUID:
         return new_id(self.random)
@@ -647,6 +657,12 @@ class DemoData:
             is_staff=login,
             is_superuser=login,
         )
+
+    def make_staff(self) -> None:
+        """Make somebody for each role; ``give_roles`` makes it theirs."""
+        for role, user_id in STAFF_IDS.items():
+            salt = f"{self.random.getrandbits(128):032x}"
+            self.make_user(user_id, role, password=make_password(role, salt), is_staff=True)
 
     def make_drop(self, plan: Plan, drop_id: uuid.UUID) -> None:
         history = self.make_history(plan, drop_id)
@@ -867,6 +883,13 @@ def find_present(seed: int) -> Present:
         demo_user=User.objects.filter(pk=DEMO_USER_ID).first(),
         has_demo_drop=Drop.objects.filter(pk=DEMO_DROP_ID).exists(),
     )
+
+
+def give_roles() -> None:
+    """Put the demo staff into the groups of their roles."""
+    groups = Group.objects.in_bulk(ROLES, field_name="name")
+    for user in User.objects.filter(pk__in=STAFF_IDS.values()):
+        user.groups.set([group for role, group in groups.items() if STAFF_IDS[role] == user.pk])
 
 
 def truncate_tables() -> None:

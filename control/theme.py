@@ -34,6 +34,13 @@ UNFOLD = {
     "SITE_HEADER": "Sneaker drops",
     "SITE_SUBHEADER": "Control room",
     "SITE_SYMBOL": "bolt",
+    "SITE_FAVICONS": [
+        {
+            "rel": "icon",
+            "type": "image/svg+xml",
+            "href": lambda request: static("control/icon.svg"),
+        }
+    ],
     "STYLES": [lambda request: static("control/control.css")],
     "BORDER_RADIUS": "8px",
     # The paper, ink and accent of storefront/site.css, with the steps between.
@@ -73,7 +80,13 @@ UNFOLD = {
                         "title": "Control room",
                         "icon": "monitor_heart",
                         "link": reverse_lazy("admin:index"),
-                    }
+                    },
+                    {
+                        "title": "Stock audit",
+                        "icon": "fact_check",
+                        "link": reverse_lazy("audit"),
+                        "permission": partial(may_view, "drops.drop"),
+                    },
                 ]
             },
             admin_section(

@@ -32,6 +32,7 @@ from reservations.exceptions import (
 )
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, expire_due, release, reserve, reserve_many
+from reservations.tests.factories import ReservationFactory
 from tests.concurrency import another_session, at_once, blocked
 from tests.unguarded import (
     STOCK_CONSTRAINTS,
@@ -228,7 +229,7 @@ def expire_and_purchase_at_the_deadline() -> tuple[Drop, list[Any]]:
     """Let the purchase begin just before the deadline and the sweep just after it."""
     drop, user = DropFactory(total_stock=1), UserFactory()
     hold = reserve(drop.pk, Claim(user.pk))
-    hold.expires_at = read_clock() + timedelta(milliseconds=500)
+    hold.expires_at = read_clock() + timedelta(seconds=1)
     Reservation.objects.update(expires_at=hold.expires_at)
 
     def expire_after_the_deadline() -> Any:
@@ -236,7 +237,7 @@ def expire_and_purchase_at_the_deadline() -> tuple[Drop, list[Any]]:
         return expire_due()
 
     bought = partial(purchase, drop.pk, user.pk)
-    return drop, race(bought, expire_after_the_deadline, patience_seconds=1)
+    return drop, race(bought, expire_after_the_deadline, patience_seconds=3)
 
 
 def test_a_purchase_begun_in_time_is_not_expired_under_way():
@@ -252,6 +253,22 @@ def test_without_the_guard_a_purchase_begun_in_time_is_also_expired(unguarded):
     drop, _ = expire_and_purchase_at_the_deadline()
 
     assert stock_of(drop) == (1, 0, 1)
+
+
+def test_a_purchase_that_waited_past_the_deadline_comes_too_late():
+    hold = ReservationFactory()
+    outcomes: list[Any] = []
+
+    with another_session() as other:
+        other.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [hold.drop_id])
+        buy = partial(purchase, hold.drop_id, hold.user_id)
+        with blocked(lambda: outcomes.append(outcome_of(buy))):
+            # The purchase began in time; the deadline passes while it waits for the lock.
+            Reservation.objects.update(expires_at=read_clock())
+            other.execute("ROLLBACK")
+
+    assert [type(outcome) for outcome in outcomes] == [ReservationExpired]
+    assert stock_of(hold.drop) == (9, 1, 0)
 
 
 def test_around_the_deadline_a_hold_is_either_expired_or_purchased():

@@ -20,6 +20,7 @@ from config.seeding import (
     DEMO_USER_ID,
     MODELS,
     SIZES,
+    STAFF_IDS,
     DemoData,
 )
 from drops.models import Availability, Drop, DropStatus, Variant
@@ -375,7 +376,7 @@ def test_the_same_seed_makes_the_same_data_and_another_one_other_data():
     ids = {model: {row["id"] for row in made} for model, made in first.items()}
     for model, made in rows(8).items():
         shared = ids[model] & {row["id"] for row in made} - {None}
-        assert shared <= {DEMO_USER_ID, DEMO_DROP_ID, ADMIN_ID}
+        assert shared <= {DEMO_USER_ID, DEMO_DROP_ID, ADMIN_ID, *STAFF_IDS.values()}
 
 
 @pytest.mark.django_db(transaction=True)
@@ -413,7 +414,7 @@ def test_no_reset_appends_a_part_of_its_own_each_time():
 
     added = {name: count - first_counts[name] for name, count in count_rows().items()}
     assert added["Drop"] == 2 * len(CATALOGUE)
-    assert added["User"] == 2 * (first_counts["User"] - 2)
+    assert added["User"] == 2 * (first_counts["User"] - 5)
     assert all(count >= 2 * 15 for count in added.values())
     assert Drop.objects.filter(name="Brindlewick Courier 3 'Ember'").count() == 1
     for model, rows in stored_rows().items():
@@ -510,3 +511,14 @@ def test_the_fixture_goes_beside_the_seed():
 
     assert Drop.objects.count() == before["Drop"] + 3
     assert audit_stock().differences == []
+
+
+def test_there_are_staff_for_each_role_who_can_sign_in(db, client):
+    seed()
+
+    for role in ("viewer", "operator", "manager"):
+        assert client.login(username=role, password=role)
+        user = User.objects.get(username=role)
+        assert user.is_staff
+        assert not user.is_superuser
+        assert list(user.groups.values_list("name", flat=True)) == [role]

@@ -84,6 +84,7 @@ def test_a_purchase_consumes_the_hold_and_tells(db):
         "latestPurchasers": [
             {"userId": str(user.pk), "username": user.username, "qty": 2, "createdAt": at}
         ],
+        "soldStock": 2,
     }
     assert drop.seq == 3
 

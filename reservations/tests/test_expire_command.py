@@ -121,12 +121,12 @@ def test_wakes_when_a_hold_is_due_and_stops_at_once_on_sigterm(start_expiry):
     due = time.monotonic()
 
     wait_until(lambda: expired() == 1, loop)
-    assert time.monotonic() - due < 1
+    assert time.monotonic() - due < 5
 
     stopping = time.monotonic()
     loop.send_signal(signal.SIGTERM)
     assert loop.wait() == 0
-    assert time.monotonic() - stopping < 1
+    assert time.monotonic() - stopping < 5
 
 
 @pytest.mark.servers
@@ -160,7 +160,7 @@ def test_stops_between_two_batches_of_a_backlog(start_expiry):
     loop.send_signal(signal.SIGTERM)
     assert loop.wait() == 0
 
-    assert time.monotonic() - stopping < 1
+    assert time.monotonic() - stopping < 5
     assert 0 < expired() < 5000
     drop.refresh_from_db()
     assert drop.available_stock == expired()

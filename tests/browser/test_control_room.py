@@ -8,10 +8,11 @@ from django.contrib.admin.models import LogEntry
 from playwright.sync_api import expect
 
 from drops.models import Drop, StockAdjustment
+from drops.services import update_drop
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from purchases.models import Purchase
-from purchases.services import purchase
+from purchases.services import purchase, refund_purchase
 from reservations.models import Reservation
 from reservations.services import Claim, reserve
 from users.tests.factories import UserFactory
@@ -100,3 +101,53 @@ def test_staff_adjust_void_and_refund_and_the_books_balance(open_page, clerk):
         (clerk.pk, "Refunded 1, without restocking. Why: Damaged"),
     ]
     assert not audit_stock().differences
+
+
+def test_the_dashboard_moves_with_the_stream(open_page, clerk):
+    drop = DropFactory(name="Tidewalker", total_stock=10, max_per_user=None)
+    buyer = UserFactory(username="grace")
+    page = open_page("/admin/", clerk)
+    row = page.locator(f"[data-id='{drop.pk}']")
+    expect(page.locator("#connection")).to_have_text("Live")
+    expect(row.locator("[data-available-text]")).to_have_text("10")
+
+    reserve(drop.pk, Claim(buyer.pk, quantity=3))
+    expect(row.locator("[data-held-text]")).to_have_text("3")
+    expect(page.locator("#tile-held")).to_have_text("3")
+
+    purchase(drop.pk, buyer.pk)
+    expect(row.locator("[data-sold-text]")).to_have_text("3")
+    expect(row.locator("[data-held-text]")).to_have_text("0")
+    expect(page.locator("#purchases li").first).to_contain_text("grace")
+    expect(page.locator("#tile-rate")).to_have_text("0.3")
+    expect(page.locator("#tile-lag")).to_have_text(re.compile(r"\d"))
+    expect(page.locator("#tile-sockets")).to_have_text("1")
+
+    refund_purchase(drop.purchases.get().pk, restock=False, reason="Lost", user=clerk)
+    expect(row.locator("[data-sold-text]")).to_have_text("0")
+    expect(page.locator("#note-sold")).to_contain_text("of 7 units")
+
+    update_drop(drop.pk, status="paused")
+    expect(row.locator("[data-status]")).to_have_text("Paused")
+    expect(row.locator("[data-action]")).to_have_text("Resume")
+
+
+def test_no_page_has_a_serious_accessibility_fault(open_page, clerk, serious_faults):
+    drop = DropFactory(sizes={"EU 42": 3, "EU 43": 4})
+    user = UserFactory()
+    reserve(drop.pk, Claim(user.pk, drop.variants.first().pk))
+    purchase(drop.pk, user.pk)
+    of_drop = f"/admin/drops/drop/{drop.pk}"
+
+    light = open_page("/admin/drops/drop/", clerk)
+    faults = serious_faults(light)
+    for path in (f"{of_drop}/change/", f"{of_drop}/do/adjust/", "/admin/purchases/purchase/"):
+        light.goto(path)
+        faults += serious_faults(light)
+    dark = open_page("/admin/", clerk, color_scheme="dark")
+    expect(dark.locator("#connection")).to_have_text("Live")
+    faults += serious_faults(dark)
+    dark.goto(f"{of_drop}/timeline/")
+    faults += serious_faults(dark)
+
+    assert faults == []

@@ -9,7 +9,7 @@ from psycopg import errors as postgres
 from rich.progress import Progress
 
 from config.database import read_clock
-from config.seeding import DemoData, Present, find_present, truncate_tables
+from config.seeding import DemoData, Present, find_present, give_roles, truncate_tables
 
 ROWS_PER_STATEMENT = 250
 
@@ -62,6 +62,7 @@ class Command(BaseCommand):
                 truncate_tables()
             for model, rows in self.batches(data.rows):
                 model._default_manager.bulk_create(rows)
+            give_roles()
         total = sum(map(len, data.rows.values()))
         self.stdout.write(self.style.SUCCESS(f"Stored {total} rows with seed {seed}:"))
         for model, stored in data.rows.items():

@@ -11,6 +11,7 @@ import { DropsClient } from "../realtime/drops-client.js";
 import { Chart } from "./charts.js";
 
 const CHART_SECONDS = 120;
+const SHORTEST_SECONDS = 20;
 const RATE_SECONDS = 10;
 const MOST_PURCHASES = 12;
 const PULSE_RETRY_MS = 3_000;
@@ -136,7 +137,7 @@ function followPulse() {
   socket.onmessage = ({ data }) => {
     const { data: pulse } = JSON.parse(data);
     showOverdue(pulse.oldestOverdueSeconds);
-    element("tile-sockets").textContent = pulse.sockets.toLocaleString("en");
+    element("tile-sockets").textContent = pulse.sockets?.toLocaleString("en") ?? "–";
   };
   socket.onclose = () => {
     element("tile-sockets").textContent = "–";
@@ -204,15 +205,16 @@ function drawMoving() {
   element("tile-rate").textContent = (units / RATE_SECONDS).toFixed(1);
   rateChart.show({ points: seconds, from, to });
   const [first, ...others] = stock;
-  const points = first ? [[Math.max(first[0], from), first[1]], ...others] : [];
-  stockChart.show({ points, from, to });
+  if (!first) return;
+  // What was before this page is not known: the chart grows to its two minutes.
+  const begin = Math.max(from, Math.min(first[0], to - SHORTEST_SECONDS));
+  stockChart.show({ points: [[Math.max(first[0], begin), first[1]], ...others], from: begin, to });
 }
 
 function drawDrops(all) {
-  const order = { live: 0, paused: 1, scheduled: 2 };
   const shown = all
-    .filter((drop) => drop.status in order)
-    .sort((a, b) => order[a.status] - order[b.status] || b.sold / b.total - a.sold / a.total);
+    .filter((drop) => rank(drop) !== undefined)
+    .sort((a, b) => rank(a) - rank(b) || b.sold / b.total - a.sold / a.total);
   const list = element("drops");
   const rows = new Map([...list.children].map((row) => [row.dataset.id, row]));
   shown.forEach((drop, place) => {
@@ -223,6 +225,12 @@ function drawDrops(all) {
   });
   for (const row of rows.values()) row.remove();
   element("no-drops").hidden = shown.length > 0;
+}
+
+/** What is being sold comes first, then what waits, then what is sold out. */
+function rank(drop) {
+  const isSoldOut = drop.sold === drop.total && drop.total > 0;
+  return { live: isSoldOut ? 3 : 0, paused: 1, scheduled: 2 }[drop.status];
 }
 
 function makeRow(id) {

@@ -1,0 +1,62 @@
+import json
+from contextlib import ExitStack
+
+import pytest
+from django.test import Client
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.sync.client import connect
+
+from reservations.tests.factories import ReservationFactory
+from users.tests.factories import UserFactory
+
+
+@pytest.fixture
+def follow_pulse(web_servers):
+    """Return a function that opens ``/ws/control`` as ``user``, from a page of the site."""
+    server = web_servers[0]
+
+    def open_socket(user=None, origin=server.url):
+        headers = {}
+        if user is not None:
+            client = Client()
+            client.force_login(user)
+            headers["Cookie"] = f"sessionid={client.cookies['sessionid'].value}"
+        return connect(f"{server.ws_url}/ws/control", origin=origin, additional_headers=headers)
+
+    return open_socket
+
+
+def test_the_pulse_tells_staff_what_no_event_does(follow_pulse):
+    ReservationFactory(overdue=True)
+
+    with follow_pulse(UserFactory(is_staff=True, is_superuser=True)) as socket:
+        frame = json.loads(socket.recv(timeout=20))
+
+    assert frame["type"] == "PULSE"
+    assert frame["data"].keys() == {"oldestOverdueSeconds", "sockets"}
+    assert 59 < frame["data"]["oldestOverdueSeconds"] < 600
+
+
+def test_the_sockets_of_all_processes_are_counted_together(web_servers, follow_pulse):
+    with ExitStack() as stack:
+        for server in web_servers:
+            for _ in range(2):
+                watcher = stack.enter_context(connect(f"{server.ws_url}/ws/drops"))
+                assert json.loads(watcher.recv(timeout=20))["type"] == "SNAPSHOT"
+        pulse = stack.enter_context(follow_pulse(UserFactory(is_staff=True, is_superuser=True)))
+        while json.loads(pulse.recv(timeout=20))["data"]["sockets"] != 4:
+            pass
+
+
+def test_the_pulse_is_for_staff_who_may_view_drops(follow_pulse):
+    for user in (None, UserFactory(), UserFactory(is_staff=True)):
+        with follow_pulse(user) as socket, pytest.raises(ConnectionClosedError) as closed:
+            socket.recv(timeout=20)
+        assert closed.value.rcvd.code == 4403
+
+
+def test_the_pulse_is_not_for_pages_of_other_sites(follow_pulse):
+    boss = UserFactory(is_staff=True, is_superuser=True)
+    for origin in ("https://elsewhere.example", None):
+        with pytest.raises(InvalidStatus, match="403"):
+            follow_pulse(boss, origin=origin)
