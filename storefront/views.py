@@ -132,9 +132,10 @@ def for_page(drop: Drop) -> Any:
 
 
 def common() -> dict[str, Any]:
+    anybody_may_be_anybody = settings.DEBUG and settings.IDENTITY_MODE == "header"
     return {
         "words": all_words(),
         # In development anybody may be anybody; else whoever stands in front knows.
-        "identity": "development" if settings.DEBUG else "gateway",
+        "identity": "development" if anybody_may_be_anybody else "gateway",
         "sign_in_url": settings.SIGN_IN_URL,
     }
