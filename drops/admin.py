@@ -24,7 +24,15 @@ from unfold.widgets import (
 
 from config.database import read_clock
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import CurrencyFilter, ReadOnlyAdmin, ServiceAdmin, ServiceForm, link, list_link
+from control.admin import (
+    CurrencyFilter,
+    ReadOnlyAdmin,
+    ServiceAdmin,
+    ServiceForm,
+    badge,
+    link,
+    list_link,
+)
 from control.dashboard import sell_through
 from control.exports import CsvResource, ExportAdmin
 from drops.exceptions import format_instant
@@ -35,11 +43,11 @@ from drops.timeline import describe, read_timeline
 from users.models import User
 
 WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
-STATUS_LABELS = {
-    DropStatus.SCHEDULED.label: "info",
-    DropStatus.LIVE.label: "success",
-    DropStatus.PAUSED.label: "warning",
-    DropStatus.CANCELLED.label: "danger",
+TONES = {
+    DropStatus.SCHEDULED: "info",
+    DropStatus.LIVE: "good",
+    DropStatus.PAUSED: "warning",
+    DropStatus.CANCELLED: "bad",
 }
 
 
@@ -479,9 +487,10 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
             },
         )
 
-    @display(description="status", ordering="status", label=STATUS_LABELS)
-    def status_label(self, drop: Drop) -> str:
-        return status_now(drop).label
+    @display(description="status", ordering="status")
+    def status_label(self, drop: Drop) -> SafeString:
+        status = status_now(drop)
+        return badge(status.label, TONES.get(status, "quiet"))
 
     @display(ordering="available_stock")
     def availability(self, drop: Drop) -> str:
