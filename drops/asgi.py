@@ -27,7 +27,7 @@ from drops.etags import is_match, weak_etag
 from drops.views import DropViewSet
 from realtime.models import EventType
 from realtime.publisher import News, follow
-from users.identity import get_user, read_identity
+from users.identity import get_user, identify
 
 MAX_AGE_SECONDS = 1.0
 # Read again before that, in the background, so that no request has to wait for it.
@@ -40,7 +40,13 @@ MAX_REMEMBERED_USERS = 50_000
 USER_SECONDS = 10.0
 # Anything longer is not a question that many ask.
 MAX_QUERY_LENGTH = 100
-IDENTITY_HEADERS = {b"x-user-id", b"x-user-name", b"if-none-match"}
+PERSONAL_HEADERS = {
+    b"x-user-id",
+    b"x-user-name",
+    b"x-auth-signature",
+    b"authorization",
+    b"if-none-match",
+}
 
 PageKey = tuple[str, str, str, bytes]
 
@@ -203,7 +209,7 @@ class DropReads:
 
     async def _check_identity(self, request: HotRequest) -> None:
         """Refuse an invalid identity even here, where none is needed."""
-        identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+        identity = identify(request.asking())
         if identity is None:
             return
         now = time.monotonic()
@@ -250,7 +256,7 @@ def ask_viewset(
     scope: Scope, actions: Mapping[str, Any], kwargs: dict[str, str]
 ) -> dict[str, Any] | None:
     """Return the data of the viewset's answer to anybody, or None for an error."""
-    anonymous = [(name, value) for name, value in scope["headers"] if name not in IDENTITY_HEADERS]
+    anonymous = [(name, value) for name, value in scope["headers"] if name not in PERSONAL_HEADERS]
     request = ASGIRequest(scope | {"headers": anonymous}, io.BytesIO())
     try:
         response = DropViewSet.as_view(dict(actions))(request, **kwargs)

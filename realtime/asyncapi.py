@@ -107,7 +107,7 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
             "dropId": DROP["id"],
             "availableStock": 497,
             "availability": "available",
-            "soldStock": 0,
+            "soldStock": 2,
             "variants": [{"id": DROP["variants"][0]["id"], "availableStock": 497}],
         },
     ),
@@ -147,7 +147,7 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
                     "createdAt": "2026-11-22T18:00:03.120000Z",
                 }
             ],
-            "soldStock": 1,
+            "soldStock": 3,
         },
     ),
 }
