@@ -129,6 +129,13 @@ class Stack:
             "REDIS_URL": self._servers.redis_url,
             "RESERVATION_TTL_SECONDS": str(HOLD_SECONDS),
             "HOT_ROUTES": "true",
+            # The load names its users itself, and comes from one address.
+            "IDENTITY_MODE": "header",
+            "TRUST_IDENTITY_HEADERS": "true",
+            **{
+                f"RATE_LIMIT_{action}_PER_ADDRESS": "off"
+                for action in ("RESERVE", "PURCHASE", "CREATE", "SOCKET")
+            },
             # All clients have the same address here.
             "SOCKETS_PER_ADDRESS": "0",
             "LOG_LEVEL": "WARNING",

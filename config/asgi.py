@@ -13,6 +13,7 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
+from config import daphne_limits  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
@@ -40,6 +41,10 @@ def http_application() -> BodyLimit | HotRoutes:
         routes, BodyLimit(django_application), on_first_request=lambda: get_hub().start_soon()
     )
 
+
+# daphne reads its listener's class when it starts, after it has imported this module.
+if "daphne.server" in sys.modules:
+    daphne_limits.install()
 
 application = ProtocolTypeRouter(
     {

@@ -6,8 +6,16 @@ from typing import Any
 import orjson
 from django.conf import settings
 
+from config.answers import cors_headers, security_headers
 from config.middleware import request_id
-from config.problems import CONTENT_TYPE, BodyTooLarge, problem
+from config.problems import (
+    CONTENT_TYPE,
+    AddressTooLong,
+    BodyTooLarge,
+    HeadersTooLarge,
+    Refusal,
+    problem,
+)
 
 Scope = dict[str, Any]
 Message = Mapping[str, Any]
@@ -17,7 +25,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class BodyLimit:
-    """Answer 413 to bodies under ``/api`` beyond ``settings.MAX_BODY_BYTES``.
+    """Answer 413 to bodies under ``/api`` beyond ``settings.MAX_BODY_BYTES``; see ``too_long``.
 
     A declared length is judged before a byte is read. A body without one is read up to
     the limit and handed on whole. (The admin's forms have Django's own, larger limit.)
@@ -27,19 +35,21 @@ class BodyLimit:
         self.application = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        if error := too_long(scope):
+            return await self._refuse(scope, error, send)
         if not scope["path"].startswith("/api/"):
             return await self.application(scope, receive, send)
+        headers = dict(scope["headers"])
         declared = headers.get(b"content-length")
         if declared is not None:
             if not declared.isdigit() or int(declared) > settings.MAX_BODY_BYTES:
-                return await self._refuse(headers, send)
+                return await self._refuse(scope, BodyTooLarge(), send)
             return await self.application(scope, receive, send)
         if b"transfer-encoding" not in headers:
             return await self.application(scope, receive, send)
         body = await self._read(receive)
         if body is None:
-            return await self._refuse(headers, send)
+            return await self._refuse(scope, BodyTooLarge(), send)
         # DRF takes a request that names no length for one without a body.
         length = (b"content-length", str(len(body)).encode())
         whole = {**scope, "headers": [*scope["headers"], length]}
@@ -58,23 +68,34 @@ class BodyLimit:
             if not message.get("more_body"):
                 return body
 
-    async def _refuse(self, headers: dict[bytes, bytes], send: Send) -> None:
+    async def _refuse(self, scope: Scope, error: Refusal, send: Send) -> None:
+        headers = dict(scope["headers"])
         identifier = request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
-        body = orjson.dumps(problem(BodyTooLarge(), identifier))
+        body = orjson.dumps(problem(error, identifier))
         await send(
             {
                 "type": "http.response.start",
-                "status": int(BodyTooLarge.status_code),
+                "status": int(error.status_code),
                 "headers": [
                     (b"content-type", CONTENT_TYPE.encode()),
                     (b"content-length", str(len(body)).encode()),
                     (b"x-request-id", identifier.encode()),
+                    *security_headers(scope.get("scheme", "http")),
+                    *cors_headers(headers.get(b"origin", b"").decode("latin-1")),
                     # The rest of the body stays unread, so the connection is of no more use.
                     (b"connection", b"close"),
                 ],
             }
         )
         await send({"type": "http.response.body", "body": body})
+
+
+def too_long(scope: Scope) -> Refusal | None:
+    """Return what is wrong with an absurd address or headers; servers differ in what they stop."""
+    if len(scope["path"]) + len(scope["query_string"]) > settings.MAX_ADDRESS_BYTES:
+        return AddressTooLong()
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    return HeadersTooLarge() if size > settings.MAX_HEADER_BYTES else None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

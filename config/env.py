@@ -1,6 +1,8 @@
 """Read settings from the environment; a wrong value stops the start with one line."""
 
+import re
 from collections.abc import Callable
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,6 +10,14 @@ from urllib.parse import urlsplit
 import environ
 
 _env = environ.Env()
+
+SECRET_LENGTH = 32
+PUBLIC_KEY_ALGORITHMS = {
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA"),
+}
+SECRET_ALGORITHMS = {"HS256", "HS384", "HS512"}
+RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
 class InvalidSetting(SystemExit):
@@ -63,8 +73,55 @@ def integer(name: str, default: int, *, minimum: int, maximum: int) -> int:
     return number
 
 
+def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = text(name, default).lower()
+    if value not in allowed:
+        raise InvalidSetting(name, value, f"allowed are {', '.join(allowed)}")
+    return value
+
+
 def comma_separated(name: str, default: str = "") -> list[str]:
     return [part.strip() for part in text(name, default).split(",") if part.strip()]
+
+
+def secrets(name: str, *, at_most: int) -> list[str]:
+    """Return one secret, or more so that they can be exchanged; none of them is ever shown."""
+    values = comma_separated(name)
+    if not 1 <= len(values) <= at_most or any(len(v) < SECRET_LENGTH for v in values):
+        allowed = f"1 to {at_most} secrets, comma-separated, of {SECRET_LENGTH} characters or more"
+        raise InvalidSetting(name, "***" if values else "", f"it must be {allowed}")
+    return values
+
+
+def jwt_algorithms(name: str, default: str) -> list[str]:
+    """Return algorithms that all take the same kind of key.
+
+    With both kinds allowed, whoever knows a public key could sign with it as with a secret.
+    """
+    values = comma_separated(name, default)
+    if not (set(values) <= PUBLIC_KEY_ALGORITHMS or set(values) <= SECRET_ALGORITHMS):
+        allowed = " or ".join(
+            ", ".join(sorted(k)) for k in (PUBLIC_KEY_ALGORITHMS, SECRET_ALGORITHMS)
+        )
+        raise InvalidSetting(name, ",".join(values), f"allowed are some of {allowed}")
+    return values
+
+
+def networks(name: str) -> list[IPv4Network | IPv6Network]:
+    try:
+        return [ip_network(value) for value in comma_separated(name)]
+    except ValueError as exc:
+        raise InvalidSetting(name, text(name, ""), f"allowed are IP networks; {exc}") from None
+
+
+def rate(name: str, default: str) -> str:
+    """Return a rate like ``60/minute``, empty for ``off``."""
+    value = text(name, default).lower()
+    if value == "off":
+        return ""
+    if not RATE.fullmatch(value):
+        raise InvalidSetting(name, value, "allowed are rates like 60/minute or 5/second, and off")
+    return value
 
 
 def url(name: str, schemes: set[str], parse: Callable[[str], Any]) -> Any:

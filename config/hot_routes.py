@@ -19,16 +19,23 @@ from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
 
+from config.addresses import socket_address
+from config.answers import cors_headers, security_headers
 from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
+from users.identity import Asking, raw_target
 
 # Headers that may stand only once; a repeated one is for the viewsets to judge.
 READ_HEADERS = {
     b"host",
     b"x-user-id",
     b"x-user-name",
+    b"x-auth-signature",
+    b"authorization",
+    b"x-forwarded-for",
+    b"x-forwarded-proto",
     b"x-request-id",
     b"idempotency-key",
     b"content-type",
@@ -57,6 +64,8 @@ class HotRequest:
     args: tuple[str, ...]
     request_id: str
     body: bytes = b""
+    # Added to the answer, whatever it will be.
+    answer_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @property
     def content_type(self) -> str:
@@ -64,6 +73,18 @@ class HotRequest:
 
     def header(self, name: bytes) -> str | None:
         return self.headers.get(name)
+
+    def asking(self) -> Asking:
+        """Return what says who is asking."""
+        return Asking(
+            self.method,
+            raw_target(self.scope),
+            lambda name: self.headers.get(name.encode()),
+            lambda: self.body,
+        )
+
+    def client_address(self) -> str:
+        return socket_address(self.scope)
 
 
 @dataclass(slots=True)
@@ -97,7 +118,7 @@ class HotRoutes:
     # Called with the first request, when there is an event loop.
     on_first_request: Callable[[], None]
     _has_started: bool = False
-    _common: dict[str, list[tuple[bytes, bytes]]] = field(default_factory=dict)
+    _common: dict[tuple[str, str], list[tuple[bytes, bytes]]] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._has_started:
@@ -144,26 +165,21 @@ class HotRoutes:
                     *content_type,
                     (b"content-length", str(len(answer.body)).encode()),
                     (b"x-request-id", request.request_id.encode()),
-                    *self._common_headers(route.methods),
+                    *self._common_headers(route.methods, request.scheme),
                     *cors_headers(request.header(b"origin")),
+                    *request.answer_headers,
                     *answer.headers,
                 ],
             }
         )
         await send({"type": "http.response.body", "body": answer.body})
 
-    def _common_headers(self, methods: str) -> list[tuple[bytes, bytes]]:
+    def _common_headers(self, methods: str, scheme: str) -> list[tuple[bytes, bytes]]:
         """Return what Django's middleware and DRF add to every answer of the viewset."""
-        if methods not in self._common:
-            self._common[methods] = [
-                (b"allow", methods.encode()),
-                (b"vary", b"origin"),
-                (b"x-content-type-options", b"nosniff"),
-                (b"referrer-policy", settings.SECURE_REFERRER_POLICY.encode()),
-                (b"cross-origin-opener-policy", b"same-origin"),
-                (b"x-frame-options", settings.X_FRAME_OPTIONS.encode()),
-            ]
-        return self._common[methods]
+        key = methods, scheme
+        if key not in self._common:
+            self._common[key] = [(b"allow", methods.encode()), *security_headers(scheme)]
+        return self._common[key]
 
 
 def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
@@ -185,6 +201,9 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
     if scope["method"] == "POST" and scope["query_string"]:
         # It says nothing, except that ?format= is understood everywhere.
         raise FallThrough
+    scheme = scheme_of(scope, found.get(b"x-forwarded-proto"))
+    if settings.SECURE_SSL_REDIRECT and scheme != "https":
+        raise FallThrough
     length = found.get(b"content-length", "0")
     if b"transfer-encoding" in found or not length.isdigit():
         raise FallThrough
@@ -195,11 +214,19 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         method=scope["method"],
         path=scope["path"],
         query=scope["query_string"],
-        scheme=scope.get("scheme", "http"),
+        scheme=scheme,
         headers=found,
         args=args,
         request_id=request_id(found.get(b"x-request-id")),
     )
+
+
+def scheme_of(scope: Scope, forwarded: str | None) -> str:
+    """Return what the client speaks, as Django finds it out."""
+    if settings.SECURE_PROXY_SSL_HEADER and forwarded is not None:
+        is_secure = forwarded.split(",")[0].strip() == settings.SECURE_PROXY_SSL_HEADER[1]
+        return "https" if is_secure else "http"
+    return scope.get("scheme", "http")
 
 
 @lru_cache(1024)
@@ -238,23 +265,6 @@ def put_back(first: Mapping[str, Any], receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return receive_again
-
-
-def cors_headers(origin: str | None) -> list[tuple[bytes, bytes]]:
-    """Return what django-cors-headers adds for a request from ``origin``."""
-    if not origin:
-        return []
-    if settings.CORS_ALLOW_ALL_ORIGINS:
-        allowed = b"*"
-    elif origin in settings.CORS_ALLOWED_ORIGINS:
-        allowed = origin.encode("latin-1")
-    else:
-        return []
-    exposed = ", ".join(settings.CORS_EXPOSE_HEADERS).encode()
-    return [
-        (b"access-control-allow-origin", allowed),
-        (b"access-control-expose-headers", exposed),
-    ]
 
 
 def problem_answer(error: APIException, identifier: str) -> HotAnswer:

@@ -2,6 +2,7 @@ import random
 import re
 from collections.abc import Callable
 
+from django.conf import settings
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, HttpResponseNotFound
 from rest_framework.exceptions import ParseError
@@ -23,12 +24,37 @@ class RequestIdMiddleware:
         request.request_id = request_id(request.headers.get("X-Request-Id"))  # type: ignore[attr-defined]
         response = refuse_wrong_host(request) or self.get_response(request)
         response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
+        for name, value in getattr(request, "rate_limit", ()):
+            response[name.decode()] = value.decode()
         return response
 
     def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:
         if not request.path.startswith("/api/"):
             return None
         return problem_response(request, to_api_exception(exc))
+
+
+class ContentSecurityPolicyMiddleware:
+    """Tell browsers where a page's parts may come from; see ``CONTENT_SECURITY_POLICIES``."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        response = self.get_response(request)
+        response.setdefault("Content-Security-Policy", content_security_policy(request.path))
+        return response
+
+
+def content_security_policy(path: str) -> str:
+    return next(
+        (
+            policy
+            for start, policy in settings.CONTENT_SECURITY_POLICIES.items()
+            if path.startswith(start)
+        ),
+        settings.CONTENT_SECURITY_POLICY,
+    )
 
 
 class StaticFilesMiddleware(ServeStaticMiddleware):

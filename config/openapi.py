@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from django.conf import settings
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
@@ -34,6 +35,7 @@ STATUS_OF_CODE = {
     "drop_not_published": 409,
     "variant_required": 409,
     "limit_exceeded": 409,
+    "cooldown": 409,
     "already_reserved": 409,
     "reservation_required": 409,
     "reservation_expired": 409,
@@ -41,6 +43,8 @@ STATUS_OF_CODE = {
     "idempotency_in_progress": 409,
     "events_gone": 410,
     "body_too_large": 413,
+    "address_too_long": 414,
+    "headers_too_large": 431,
     "unsupported_media_type": 415,
     "idempotency_key_reused": 422,
     "rate_limited": 429,
@@ -140,24 +144,45 @@ def without_last_slash(endpoints: list[tuple[str, ...]]) -> list[tuple[str, ...]
     return [(path.rstrip("/"), *rest) for path, *rest in endpoints]
 
 
-class HeaderAuthenticationScheme(OpenApiAuthenticationExtension):
-    """The two identity headers; both belong to one requirement."""
+class IdentityScheme(OpenApiAuthenticationExtension):
+    """What ``settings.IDENTITY_MODE`` asks for; several headers belong to one requirement."""
 
-    target_class = "users.authentication.HeaderAuthentication"
-    name = ["userId", "userName"]
+    target_class = "users.authentication.IdentityAuthentication"
+
+    @property
+    def name(self) -> list[str]:  # type: ignore[override]
+        return list(IDENTITY_SCHEMES[settings.IDENTITY_MODE])
 
     def get_security_definition(self, auto_schema: Any) -> list[dict[str, str]]:
-        return [
-            {
-                "type": "apiKey",
-                "in": "header",
-                "name": "X-User-Id",
-                "description": "Who is asking: a UUID. In development an unknown one is made.",
-            },
-            {
-                "type": "apiKey",
-                "in": "header",
-                "name": "X-User-Name",
-                "description": "Optional: the name of a user who is made.",
-            },
-        ]
+        return list(IDENTITY_SCHEMES[settings.IDENTITY_MODE].values())
+
+
+def header_scheme(name: str, description: str) -> dict[str, str]:
+    return {"type": "apiKey", "in": "header", "name": name, "description": description}
+
+
+USER_NAME = header_scheme("X-User-Name", "Optional: the name of a user who is made.")
+IDENTITY_SCHEMES: dict[str, dict[str, dict[str, str]]] = {
+    "header": {
+        "userId": header_scheme(
+            "X-User-Id", "Who is asking: a UUID. In development an unknown one is made."
+        ),
+        "userName": USER_NAME,
+    },
+    "gateway": {
+        "userId": header_scheme("X-User-Id", "Who is asking, as the gateway found out: a UUID."),
+        "userName": USER_NAME,
+        "signature": header_scheme(
+            "X-Auth-Signature",
+            "`t=<unix s>,v1=<hex HMAC-SHA256(secret, t.METHOD.path?query.user.name.sha256(body))>`",
+        ),
+    },
+    "jwt": {
+        "bearerToken": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "JWT",
+            "description": "A token of the identity provider; `sub` is the user.",
+        }
+    },
+}

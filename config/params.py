@@ -1,5 +1,6 @@
 """Read what stands in an address: path ids, query parameters, pages."""
 
+import re
 import uuid
 from typing import Any
 
@@ -7,6 +8,17 @@ from rest_framework import serializers
 from rest_framework.exceptions import NotFound, ValidationError
 from rest_framework.pagination import LimitOffsetPagination
 from rest_framework.request import Request
+
+DIGITS = re.compile(r"-?[0-9]+")
+
+
+class DigitsField(serializers.IntegerField):
+    """A number in the digits 0 to 9: Python reads those of every script, and more."""
+
+    def to_internal_value(self, data: Any) -> int:
+        if not DIGITS.fullmatch(data):
+            self.fail("invalid")
+        return super().to_internal_value(data)
 
 
 class Page(LimitOffsetPagination):
@@ -23,7 +35,7 @@ class Page(LimitOffsetPagination):
         return self._read(request, "offset", 0, 0, self.max_offset)
 
     def _read(self, request: Request, name: str, default: int, lowest: int, highest: int) -> int:
-        field = serializers.IntegerField(min_value=lowest, max_value=highest)
+        field = DigitsField(min_value=lowest, max_value=highest)
         return read_query(request, name, field, default)
 
 

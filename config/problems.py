@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 import psycopg_pool
+from django.conf import settings
 from django.core.exceptions import ObjectDoesNotExist, PermissionDenied
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, JsonResponse
@@ -19,6 +20,9 @@ from config.database import discard_dead_connections
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "application/problem+json"
+
+# What a 401 asks for. Browsers know only the last of them; it doesn't make them ask the user.
+CHALLENGES = {"header": "X-User-Id", "gateway": "X-Auth-Signature", "jwt": "Bearer"}
 
 # What Django, DRF and psycopg call their errors, and what clients know them by.
 CODES: dict[type[Exception], str] = {
@@ -57,6 +61,32 @@ class BodyTooLarge(Refusal):
     status_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     default_code = "body_too_large"
     default_detail = "The body is larger than this API takes."
+
+
+class AddressTooLong(Refusal):
+    status_code = HTTPStatus.REQUEST_URI_TOO_LONG
+    default_code = "address_too_long"
+    default_detail = "The address is longer than this site takes."
+
+
+class HeadersTooLarge(Refusal):
+    status_code = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    default_code = "headers_too_large"
+    default_detail = "The headers are larger than this site takes."
+
+
+class RateLimited(Refusal):
+    """Too many requests; ``headers`` say how many are allowed."""
+
+    status_code = HTTPStatus.TOO_MANY_REQUESTS
+    default_code = "rate_limited"
+
+    def __init__(
+        self, detail: str, wait_seconds: int, headers: tuple[tuple[bytes, bytes], ...]
+    ) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = wait_seconds
+        self.headers = headers
 
 
 class Unavailable(Refusal):
@@ -167,8 +197,15 @@ def encodable(text: str) -> str:
 
 def headers(error: APIException) -> dict[str, str]:
     """Return the headers that go with ``error``."""
+    found = {}
     seconds = getattr(error, "retry_after_seconds", None) or getattr(error, "wait", None)
-    return {"Retry-After": str(int(seconds))} if seconds else {}
+    if seconds:
+        found["Retry-After"] = str(int(seconds))
+    if error.status_code == HTTPStatus.UNAUTHORIZED:
+        found["WWW-Authenticate"] = CHALLENGES[settings.IDENTITY_MODE]
+    for name, value in getattr(error, "headers", ()):
+        found[name.decode()] = value.decode()
+    return found
 
 
 def problem_response(request: HttpRequest | Request, error: APIException) -> JsonResponse:

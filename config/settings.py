@@ -51,6 +51,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "config.middleware.RequestIdMiddleware",
+    "config.middleware.ContentSecurityPolicyMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "config.middleware.StaticFilesMiddleware",
     "corsheaders.middleware.CorsMiddleware",
@@ -86,6 +87,12 @@ TEMPLATES = [
 
 RESERVATION_TTL_SECONDS = env.integer("RESERVATION_TTL_SECONDS", 60, minimum=1, maximum=86_400)
 EXPIRY_POLL_MS = env.integer("EXPIRY_POLL_MS", 2000, minimum=10, maximum=60_000)
+# What everybody is shown of who bought: the user's id, or a hash of it that only we can make.
+PUBLIC_USER_IDS = env.choice("PUBLIC_USER_IDS", "plain", ("plain", "opaque"))
+# Who may create drops: any identified user, or staff alone.
+DROP_CREATORS = env.choice("DROP_CREATORS", "authenticated", ("authenticated", "staff"))
+# Over all drops; 0: any number. Costs a lock per user and batch (docs/adr/0011).
+MAX_ACTIVE_HOLDS = env.integer("MAX_ACTIVE_HOLDS", 0, minimum=0, maximum=10_000)
 IDEMPOTENCY_KEY_HOURS = 24
 # What ``audit_stock`` does with a drop whose numbers differ: pause it, or only tell.
 PAUSE_DRIFTING_DROPS = env.boolean("PAUSE_DRIFTING_DROPS", False)
@@ -136,6 +143,8 @@ DATABASE_TIMEOUTS = (
     "-c lock_timeout=2s -c statement_timeout=15s -c idle_in_transaction_session_timeout=10s"
 )
 
+# Web processes of this installation in all, for ``manage.py check`` to count connections.
+WEB_PROCESSES = env.integer("WEB_PROCESSES", 1, minimum=1, maximum=1000)
 _database = database_settings()
 DATABASES = {
     "default": _database
@@ -175,6 +184,8 @@ def redis_url() -> str:
 
 
 REDIS_URL = redis_url()
+# Installations that share a Redis must not hear each other.
+CHANNEL_PREFIX = env.text("CHANNEL_PREFIX", "drops")
 CHANNEL_LAYERS = {
     "default": {
         # The pub/sub layer: the other one drops messages above 100 per process without a word
@@ -189,8 +200,7 @@ CHANNEL_LAYERS = {
                     "health_check_interval": 15,
                 }
             ],
-            # Installations that share a Redis must not hear each other.
-            "prefix": env.text("CHANNEL_PREFIX", "drops"),
+            "prefix": CHANNEL_PREFIX,
         },
     }
 }
@@ -204,14 +214,68 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 # Only staff sign in, and only to the admin.
 LOGIN_REDIRECT_URL = "admin:index"
-# Where anybody may be anybody: an unknown UUID in X-User-Id becomes a user.
-CREATE_UNKNOWN_USERS = DEBUG
+# How requests show who is asking; docs/identity.md has all three.
+IDENTITY_MODE = env.choice(
+    "IDENTITY_MODE", "header" if DEBUG else "gateway", ("header", "gateway", "jwt")
+)
+if IDENTITY_MODE == "header" and not DEBUG and not env.boolean("TRUST_IDENTITY_HEADERS", False):
+    raise env.InvalidSetting(
+        "IDENTITY_MODE",
+        "header",
+        "anybody could be anybody. Use gateway or jwt, or set TRUST_IDENTITY_HEADERS=true where "
+        "a proxy strips X-User-Id from what clients send and sets it itself",
+    )
+GATEWAY_SECRETS = env.secrets("GATEWAY_SECRETS", at_most=2) if IDENTITY_MODE == "gateway" else []
+JWT_ALGORITHMS: list[str] = []
+JWT_KEY = JWT_JWKS_FILE = JWT_AUDIENCE = JWT_ISSUER = ""
+if IDENTITY_MODE == "jwt":
+    JWT_ALGORITHMS = env.jwt_algorithms("JWT_ALGORITHMS", "RS256")
+    JWT_JWKS_FILE = env.text("JWT_JWKS_FILE", "")
+    if JWT_JWKS_FILE and not Path(JWT_JWKS_FILE).is_file():
+        raise env.InvalidSetting("JWT_JWKS_FILE", JWT_JWKS_FILE, "there is no such file")
+    if not JWT_JWKS_FILE:
+        # A PEM in .env has its line breaks written as \n.
+        JWT_KEY = env.required(
+            "JWT_KEY", "when IDENTITY_MODE is jwt, unless JWT_JWKS_FILE is"
+        ).replace("\\n", "\n")
+    JWT_AUDIENCE = env.required("JWT_AUDIENCE", "when IDENTITY_MODE is jwt")
+    JWT_ISSUER = env.required("JWT_ISSUER", "when IDENTITY_MODE is jwt")
+# A verified identity that is new becomes a user; in development any UUID does.
+CREATE_UNKNOWN_USERS = env.boolean("CREATE_UNKNOWN_USERS", True)
+
+# Proxies in front, by address or network: only what they wrote into X-Forwarded-For counts.
+TRUSTED_PROXIES = env.networks("TRUSTED_PROXIES")
+
+
+def rate_limit(action: str, user: str, address: str) -> tuple[str, str]:
+    """Return how often a user and an address may do ``action``; empty where there is no limit.
+
+    In development a user may do more, and an address anything: load comes from one machine.
+    """
+    name = f"RATE_LIMIT_{action.upper()}"
+    return (
+        env.rate(name, f"{100 * int(user)}/minute" if DEBUG else f"{user}/minute"),
+        env.rate(f"{name}_PER_ADDRESS", "off" if DEBUG else f"{address}/minute"),
+    )
+
+
+RATE_LIMITS = {
+    "reserve": rate_limit("reserve", "60", "1200"),
+    "purchase": rate_limit("purchase", "60", "1200"),
+    "create": rate_limit("create", "30", "120"),
+    "socket": rate_limit("socket", "60", "600"),
+}
 
 # --- REST -------------------------------------------------------------------------------
 
 MAX_BODY_BYTES = 16 * 1024
+MAX_ADDRESS_BYTES = 16 * 1024
+MAX_HEADER_BYTES = 32 * 1024
+MAX_JSON_DEPTH = 8
+# For a request to arrive in full, where the server is daphne.
+REQUEST_SECONDS = env.integer("REQUEST_SECONDS", 30, minimum=1, maximum=600)
 REST_FRAMEWORK = {
-    "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.HeaderAuthentication"],
+    "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.IdentityAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["users.authentication.IsIdentifiedOrReadOnly"],
     "DEFAULT_PARSER_CLASSES": ["config.parsers.ObjectParser"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
@@ -248,15 +312,61 @@ CORS_ALLOWED_ORIGINS = [] if CORS_ALLOW_ALL_ORIGINS else _cors_origins
 CORS_URLS_REGEX = r"^/api/.*$"
 CORS_ALLOW_HEADERS = (
     "accept",
+    "authorization",
     "content-type",
     "idempotency-key",
+    "x-auth-signature",
     "x-request-id",
     "x-user-id",
     "x-user-name",
 )
-CORS_EXPOSE_HEADERS = ("idempotent-replayed", "retry-after", "x-request-id")
+CORS_EXPOSE_HEADERS = (
+    "idempotent-replayed",
+    "ratelimit",
+    "ratelimit-policy",
+    "retry-after",
+    "x-request-id",
+)
+
+# --- Browsers ---------------------------------------------------------------------------
+
+# Scripts only from our own files, never from the page itself; pages that need more are named
+# by the start of their path, the longest first.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' https: data:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_VIEWERS = (
+    CONTENT_SECURITY_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+    + "; worker-src 'self' blob:"
+)
+CONTENT_SECURITY_POLICIES = {
+    # Swagger UI and Redoc make styles as they go, and Redoc searches in a worker.
+    "/api/docs": _VIEWERS,
+    "/api/redoc": _VIEWERS,
+    "/api/asyncapi": CONTENT_SECURITY_POLICY,
+    "/api/": "default-src 'none'; frame-ancestors 'none'",
+}
+X_FRAME_OPTIONS = "DENY"
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
+SESSION_COOKIE_HTTPONLY = CSRF_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_AGE = 12 * 3600
+# Redirect plain HTTP, and have browsers never try it again.
+SECURE_SSL_REDIRECT = env.boolean("HTTPS_ONLY", False)
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if SECURE_SSL_REDIRECT else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = SECURE_SSL_REDIRECT
+if TRUSTED_PROXIES:
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+if SECURE_SSL_REDIRECT:
+    CSRF_TRUSTED_ORIGINS = [f"https://{host}" for host in ALLOWED_HOSTS if host != "*"]
 
 # --- Pages and files --------------------------------------------------------------------
+
+# Where a visitor of the shop signs in, where that is not the shop's own matter.
+SIGN_IN_URL = env.text("SIGN_IN_URL", "")
 
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
@@ -275,7 +385,14 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "filters": {"secrets": {"()": "config.logs.MaskSecrets"}},
+    "handlers": {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "line",
+            "filters": ["secrets"],
+        }
+    },
     "root": {"handlers": ["stderr"], "level": env.text("LOG_LEVEL", "INFO").upper()},
     "loggers": {
         # Each refused request would be a line of its own here.

@@ -4,8 +4,13 @@ from django.conf import settings
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import URLPattern, URLResolver, include, path, re_path
+from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
-from drf_spectacular.views import SpectacularAPIView, SpectacularRedocView, SpectacularSwaggerView
+from drf_spectacular.views import (
+    SpectacularAPIView,
+    SpectacularRedocView,
+    SpectacularSwaggerSplitView,
+)
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
@@ -16,6 +21,12 @@ from realtime.asyncapi import asyncapi_json, asyncapi_page
 def healthz(request: HttpRequest) -> JsonResponse:
     """Say that this process answers; what it depends on is another question."""
     return JsonResponse({"status": "ok"})
+
+
+@csrf_exempt
+def no_such_address(request: HttpRequest) -> HttpResponse:
+    """Answer 404 as a problem, to a POST too; Django's own 404 in DEBUG shows the settings."""
+    return handler404(request)
 
 
 def api_problem(error: APIException, page: str) -> Callable[..., HttpResponse]:
@@ -40,7 +51,7 @@ api: list[URLPattern | URLResolver] = [
     path("", include("users.urls")),
     path("", include("realtime.urls")),
     re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
-    re_path(r"^docs/?$", SpectacularSwaggerView.as_view(url_name="schema"), name="docs"),
+    re_path(r"^docs/?$", SpectacularSwaggerSplitView.as_view(url_name="schema"), name="docs"),
     re_path(
         r"^redoc/?$",
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
@@ -48,14 +59,13 @@ api: list[URLPattern | URLResolver] = [
     ),
     re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
     re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
-    # Django's own answer to an unknown address in DEBUG is a page with a traceback.
-    re_path(r"", lambda request: handler404(request)),
+    re_path(r"", no_such_address),
 ]
 
 urlpatterns = [
     path("api/", include(api)),
     # Otherwise APPEND_SLASH redirects, which in DEBUG fails for a POST.
-    path("api", lambda request: handler404(request)),
+    path("api", no_such_address),
     path("admin", RedirectView.as_view(url="/admin/")),
     path("admin/audit/", audit_page, name="audit"),
     path("admin/", admin.site.urls),

@@ -34,7 +34,10 @@ from drops.services import adjust_stock, create_drop, status_on_sale, update_dro
 from drops.timeline import describe, read_timeline
 from users.models import User
 
-WINDOW_AND_LIMIT = ["starts_at", "ends_at", "max_per_user"]
+WINDOW_AND_LIMITS = [
+    *("starts_at", "ends_at", "max_per_user"),
+    *("max_expired_holds", "hold_cooldown_seconds"),
+]
 STATUS_LABELS = {
     DropStatus.SCHEDULED.label: "info",
     DropStatus.LIVE.label: "success",
@@ -368,7 +371,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
     ]
     fieldsets = [
         (None, {"fields": ["id", "name", "description", "image_url", "price", "currency"]}),
-        ("Sale", {"fields": ["status_label", *WINDOW_AND_LIMIT]}),
+        ("Sale", {"fields": ["status_label", *WINDOW_AND_LIMITS]}),
         (
             "Stock",
             {
@@ -388,7 +391,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         (
             "Sale",
             {
-                "fields": WINDOW_AND_LIMIT,
+                "fields": WINDOW_AND_LIMITS,
                 "description": "Without a start the drop is a draft until it is published.",
             },
         ),

@@ -27,7 +27,7 @@ from drops.etags import is_match, weak_etag
 from drops.views import DropViewSet
 from realtime.models import EventType
 from realtime.publisher import News, follow
-from users.identity import get_user, read_identity
+from users.identity import get_user, identify
 
 MAX_AGE_SECONDS = 1.0
 # Read again before that, in the background, so that no request has to wait for it.
@@ -40,7 +40,13 @@ MAX_REMEMBERED_USERS = 50_000
 USER_SECONDS = 10.0
 # Anything longer is not a question that many ask.
 MAX_QUERY_LENGTH = 100
-IDENTITY_HEADERS = {b"x-user-id", b"x-user-name", b"if-none-match"}
+PERSONAL_HEADERS = {
+    b"x-user-id",
+    b"x-user-name",
+    b"x-auth-signature",
+    b"authorization",
+    b"if-none-match",
+}
 
 PageKey = tuple[str, str, str, bytes]
 
@@ -69,7 +75,7 @@ class Page:
         self.meanwhile = []
 
     def fold(self, drop_id: str, events: Sequence[News]) -> None:
-        """Apply a drop's events; what can't be applied makes the page old instead."""
+        """Apply a drop's events; what can't be applied, or isn't told, makes the page old."""
         for index, drop in enumerate(self.drops):
             if drop["id"] == drop_id:
                 for seq, event_type, data in events:
@@ -81,6 +87,8 @@ class Page:
                 self.body = None
                 if not self.is_list:
                     self.data = drop
+                if not events:
+                    self.read_at = float("-inf")
         if self.is_list and any(changes_membership(event_type) for _, event_type, _ in events):
             self.read_at = float("-inf")
 
@@ -201,7 +209,7 @@ class DropReads:
 
     async def _check_identity(self, request: HotRequest) -> None:
         """Refuse an invalid identity even here, where none is needed."""
-        identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+        identity = identify(request.asking())
         if identity is None:
             return
         now = time.monotonic()
@@ -248,7 +256,7 @@ def ask_viewset(
     scope: Scope, actions: Mapping[str, Any], kwargs: dict[str, str]
 ) -> dict[str, Any] | None:
     """Return the data of the viewset's answer to anybody, or None for an error."""
-    anonymous = [(name, value) for name, value in scope["headers"] if name not in IDENTITY_HEADERS]
+    anonymous = [(name, value) for name, value in scope["headers"] if name not in PERSONAL_HEADERS]
     request = ASGIRequest(scope | {"headers": anonymous}, io.BytesIO())
     try:
         response = DropViewSet.as_view(dict(actions))(request, **kwargs)

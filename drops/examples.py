@@ -16,6 +16,8 @@ DROP: dict[str, Any] = {
     "ends_at": None,
     "status": "live",
     "max_per_user": 1,
+    "hold_cooldown_seconds": 300,
+    "max_expired_holds": 2,
     "variants": [
         {
             "id": "c0a8f6a4-70f5-4f0c-8f53-0a3c5d5f7a42",

@@ -11,11 +11,14 @@ from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
 from config.problems import Unavailable
+from config.rate_limits import rate_limits
 from drops.group_commit import GroupCommit, Settle
+from users.authentication import ADMITTED
 from users.exceptions import IdempotencyInProgress, InvalidIdempotencyKey, UnknownUser
 from users.idempotency import Answer, Key, answer_once, make_key
-from users.identity import Identity, create_users, read_identity
+from users.identity import Identity, create_users, identify
 from users.models import User
+from users.replays import refuse_replay_soon
 
 # How long a client waits at most. A database that answers at all ends a batch sooner; one that
 # hangs, its machine for instance, would keep the client for as long as it does.
@@ -34,16 +37,24 @@ class HotClaim:
     claim: Any
 
 
-def identity_of(request: HotRequest) -> Identity:
-    """Return who is asking.
+async def admit(request: HotRequest, action: str) -> Identity:
+    """Return who is asking, if not too often.
 
     Raises:
         FallThrough: nobody says so.
-        InvalidIdentity: the header is not one UUID.
+        InvalidIdentity: it can't be read or is not proven, or was used before.
+        RateLimited: this user, or this address, asked too often.
     """
-    identity = read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+    identity = identify(request.asking())
     if identity is None:
         raise FallThrough
+    if identity.signature is not None:
+        await refuse_replay_soon(identity)
+    request.answer_headers = await rate_limits().check_soon(
+        action, identity.user_id, request.client_address
+    )
+    # A viewset that the request is passed on to must neither refuse nor count it again.
+    request.scope[ADMITTED] = identity, request.answer_headers
     return identity
 
 
@@ -102,6 +113,41 @@ def settle_claims(
     may_wait: bool,
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
+    if not settings.CREATE_UNKNOWN_USERS:
+        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
+    if settings.DEBUG:
+        _make_unknown_users([claim for claims in batch.values() for claim in claims])
+        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
+    # Outside development almost nobody is new, so only who turned out to be costs anything.
+    answers = _settle_known(batch, settle_many, encode, may_wait=may_wait)
+    new = {
+        drop_id: [
+            claim
+            for claim, answer in zip(batch[drop_id], of_drop, strict=True)
+            if isinstance(answer, UnknownUser)
+        ]
+        for drop_id, of_drop in answers.items()
+    }
+    new = {drop_id: claims for drop_id, claims in new.items() if claims}
+    if new:
+        create_users([claim.identity for claims in new.values() for claim in claims])
+        # It waits for the drops' locks: what was settled already can't be left out any more.
+        for drop_id, of_drop in _settle_known(new, settle_many, encode, may_wait=True).items():
+            settled = iter(of_drop)
+            answers[drop_id] = [
+                next(settled) if isinstance(answer, UnknownUser) else answer
+                for answer in answers[drop_id]
+            ]
+    return answers
+
+
+def _settle_known(
+    batch: dict[uuid.UUID, list[HotClaim]],
+    settle_many: SettleMany,
+    encode: Callable[[Any], Answer],
+    *,
+    may_wait: bool,
+) -> dict[uuid.UUID, list[Answer | APIException]]:
     requests = [(drop_id, claim) for drop_id, claims in batch.items() for claim in claims]
 
     def settle(indexes: list[int]) -> list[Any]:
@@ -126,8 +172,6 @@ def settle_claims(
             )
         return [next(answers[requests[index][0]]) for index in indexes]
 
-    if settings.CREATE_UNKNOWN_USERS:
-        _make_unknown_users([request for _, request in requests])
     try:
         keys = [request.key for _, request in requests]
         settled = iter(answer_once(keys, settle, may_wait=may_wait))

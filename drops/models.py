@@ -130,6 +130,17 @@ class Drop(Stock):
         default=1,
         help_text="Units one user may hold and have bought together; empty: no limit.",
     )
+    hold_cooldown_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="How long a user waits after a hold of theirs expired, once as many as "
+        "max_expired_holds have; empty: not at all.",
+    )
+    max_expired_holds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        help_text="Holds a user may let expire before the cooldown begins; empty: any number.",
+    )
     seq = models.PositiveBigIntegerField(
         default=0, help_text="The number of the drop's newest event."
     )
@@ -179,6 +190,10 @@ class Drop(Stock):
                 name="drop_limit_per_user_is_positive",
                 condition=Q(max_per_user=None) | Q(max_per_user__gt=0),
             ),
+            models.CheckConstraint(
+                name="drop_expired_holds_before_cooldown_are_positive",
+                condition=Q(max_expired_holds=None) | Q(max_expired_holds__gt=0),
+            ),
         ]
         indexes = [
             # Read by the loop that announces windows: only those still to come. A change of
@@ -197,6 +212,10 @@ class Drop(Stock):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def has_cooldown(self) -> bool:
+        return bool(self.max_expired_holds and self.hold_cooldown_seconds)
 
     @property
     def price_text(self) -> str:

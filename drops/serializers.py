@@ -14,6 +14,9 @@ from config.serializers import (
 )
 from drops.currencies import DECIMALS, format_amount
 from drops.models import Availability, Drop, DropStatus, Variant
+from users.identity import public_id
+
+LONGEST_COOLDOWN_SECONDS = 30 * 24 * 3600
 
 
 class VariantSerializer(serializers.ModelSerializer):
@@ -70,6 +73,8 @@ class DropSerializer(serializers.ModelSerializer):
             "ends_at",
             "status",
             "max_per_user",
+            "hold_cooldown_seconds",
+            "max_expired_holds",
             "variants",
             "seq",
             "created_at",
@@ -81,7 +86,10 @@ class DropSerializer(serializers.ModelSerializer):
         return drop.status_at(drop.read_at)
 
     def get_activity_feed(self, drop: Drop) -> ActivityFeedSerializer:
-        return {"latest_purchasers": drop.latest_purchasers}  # type: ignore[return-value]
+        entries = [
+            entry | {"user_id": public_id(entry["user_id"])} for entry in drop.latest_purchasers
+        ]
+        return {"latest_purchasers": entries}  # type: ignore[return-value]
 
 
 class VariantInputSerializer(StrictSerializer):
@@ -103,6 +111,10 @@ class DropInputSerializer(StrictSerializer):
     ends_at = InstantField(allow_null=True)
     status = serializers.ChoiceField(choices=DropStatus.choices)
     max_per_user = StrictIntegerField(min_value=1, max_value=LARGEST_INTEGER, allow_null=True)
+    hold_cooldown_seconds = StrictIntegerField(
+        min_value=0, max_value=LONGEST_COOLDOWN_SECONDS, allow_null=True
+    )
+    max_expired_holds = StrictIntegerField(min_value=1, max_value=LARGEST_INTEGER, allow_null=True)
 
     def validate_image_url(self, value: str) -> str:
         """Take web addresses and paths of this site; never ``javascript:`` and the like."""

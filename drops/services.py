@@ -1,7 +1,8 @@
 """Each use case that changes a drop or its stock: one function, one transaction, its events.
 
 Lock order, kept by every service of the project, so that there are no deadlocks:
-idempotency keys → drop → variants → reservations, several of one kind by primary key.
+idempotency keys → users (with MAX_ACTIVE_HOLDS only) → drop → variants → reservations,
+several of one kind by primary key.
 """
 
 import json

@@ -18,7 +18,7 @@ from config.params import path_id, read_query
 from drops import examples
 from drops.etags import is_match, weak_etag
 from drops.models import Drop, DropQuerySet, DropStatus
-from drops.permissions import IsCreatorOrStaff
+from drops.permissions import IsCreatorOrStaff, MayCreate
 from drops.serializers import DropCreateSerializer, DropInputSerializer, DropSerializer
 from drops.services import create_drop, update_drop
 from users.authentication import IsIdentifiedOrReadOnly, user_of
@@ -50,8 +50,13 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
     """Limited releases: list, show, create and change them."""
 
     serializer_class = DropSerializer
-    permission_classes: list[type[BasePermission]] = [IsIdentifiedOrReadOnly, IsCreatorOrStaff]
+    permission_classes: list[type[BasePermission]] = [
+        IsIdentifiedOrReadOnly,
+        MayCreate,
+        IsCreatorOrStaff,
+    ]
     queryset = Drop.objects.all()
+    rate_limited = ("create",)
 
     def get_queryset(self) -> DropQuerySet:
         drops = Drop.objects.read_now()
@@ -96,7 +101,9 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
         parameters=[IDEMPOTENCY_KEY],
         request=DropCreateSerializer,
         examples=[OpenApiExample("A new drop", examples.NEW_DROP, request_only=True), EXAMPLE],
-        responses=answers({201: DropSerializer}, *IDENTIFIED, *WITH_BODY, *IDEMPOTENT),
+        responses=answers(
+            {201: DropSerializer}, *IDENTIFIED, *WITH_BODY, *IDEMPOTENT, "permission_denied"
+        ),
     )
     @idempotent
     def create(self, request: Request) -> Response:
@@ -107,7 +114,7 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
 
     @extend_schema(
         summary="Change a drop",
-        description="Name, description, image, price, window, limit and status; never stock.",
+        description="Name, description, image, price, window, limits and status; never stock.",
         request=DropInputSerializer,
         examples=[OpenApiExample("Pause it", {"status": "paused"}, request_only=True), EXAMPLE],
         responses=answers(

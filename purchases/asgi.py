@@ -18,7 +18,7 @@ from config.hot_routes import (
 from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
-from drops.hot_claims import HotClaim, identity_of, key_of, settle_claims, settle_in_batch
+from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
 from purchases.models import Purchase
 from purchases.services import purchase_on_drops
 from users.idempotency import Answer
@@ -36,7 +36,7 @@ class PurchaseEndpoint:
 
     async def __call__(self, request: HotRequest) -> HotAnswer:
         drop_id = drop_id_of(request)
-        identity = identity_of(request)
+        identity = await admit(request, "purchase")
         if json_object(request):
             raise FallThrough
         claim = HotClaim(identity, key_of(request, identity), identity.user_id)

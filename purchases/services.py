@@ -25,6 +25,7 @@ from reservations.exceptions import (
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import raise_refusal
 from users.exceptions import UnknownUser
+from users.identity import public_id
 from users.models import User
 
 RESERVATION_COLUMNS = [field.attname for field in Reservation._meta.concrete_fields]
@@ -328,7 +329,7 @@ def set_feed(locked: LockedDrop, entries: list[dict]) -> None:
             "dropId": str(locked.drop.pk),
             "latestPurchasers": [
                 {
-                    "userId": entry["user_id"],
+                    "userId": public_id(entry["user_id"]),
                     "username": entry["username"],
                     "qty": entry["qty"],
                     "createdAt": entry["created_at"],

@@ -16,22 +16,23 @@ from urllib.parse import parse_qsl
 from channels.db import database_sync_to_async
 from rest_framework.exceptions import APIException, NotFound, ValidationError
 
+from config.answers import cors_headers
 from config.body_limit import Application, Receive, Scope, Send
 from config.hot_routes import (
     FallThrough,
     HotRequest,
-    cors_headers,
     parse_uuid,
     problem_answer,
     read_request,
 )
 from config.problems import to_api_exception
+from config.rate_limits import rate_limits
 from realtime import backpressure, log
 from realtime.exceptions import ProcessIsFull, TooManyStreams
 from realtime.frames import EventFrame, Message
 from realtime.hub import get_hub
 from realtime.limits import open_connections
-from users.identity import read_identity
+from users.identity import identify
 
 ADDRESS = re.compile(r"/api/drops/([^/]+)/events/?")
 HEARTBEAT = b": heartbeat\n\n"
@@ -81,13 +82,14 @@ async def open_stream(request: HotRequest) -> "EventStream":
     Raises:
         APIException: why there is none.
     """
-    read_identity(request.header(b"x-user-id"), request.header(b"x-user-name"))
+    identity = identify(request.asking())
     drop_id = parse_uuid(request.args[0])
     if drop_id is None:
         raise NotFound
     after = read_after(request)
-    client = request.scope.get("client")
-    address = client[0] if client else ""
+    address = request.client_address()
+    user_id = identity.user_id if identity else None
+    await rate_limits().check_soon("socket", user_id, lambda: address)
     if open_connections.is_full:
         raise ProcessIsFull
     if open_connections.is_full_for(address):

@@ -17,8 +17,11 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings
 from django.core.exceptions import ObjectDoesNotExist
 
+from config.addresses import socket_address
 from config.body_limit import Receive, Scope, Send
 from config.hot_routes import host_is_allowed
+from config.problems import RateLimited
+from config.rate_limits import rate_limits
 from realtime import backpressure, log
 from realtime.conflation import Outbox
 from realtime.frames import EventFrame, Message, is_uuid, pong_frame, text_message
@@ -28,7 +31,7 @@ from realtime.log import is_seq, read_seq
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
 from realtime.wire import Writer, frame_writer
 from users.exceptions import InvalidIdentity, UnknownUser
-from users.identity import get_user, read_identity
+from users.identity import identify_socket, refuse_unknown
 
 SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
@@ -112,7 +115,8 @@ class DropConsumer(Consumer):
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
-            self.user_id = await identify(self.scope["headers"], ticket_in(offered))
+            self.user_id = await identify(self.scope, ticket_in(offered))
+            await self._check_rate()
             self.hub = get_hub()
             await self.hub.start()
             await self._begin(drop_id, since)
@@ -122,14 +126,25 @@ class DropConsumer(Consumer):
             self._end(*why(exc))
 
     def _enter(self) -> None:
-        client = self.scope.get("client")
-        address = client[0] if client else ""
+        address = socket_address(self.scope)
         if open_connections.is_full:
             raise Closing(PROCESS_IS_FULL, "this process has as many sockets as it takes")
         if open_connections.is_full_for(address):
             raise Closing(TOO_MANY_SOCKETS, "too many sockets from this address")
         open_connections.enter(address)
         self.address = address
+
+    async def _check_rate(self) -> None:
+        """Count the connection; who has no identity is counted by address alone.
+
+        Raises:
+            Closing: there were too many of this user or address.
+        """
+        try:
+            await rate_limits().check_soon("socket", self.user_id, lambda: self.address or "")
+        except RateLimited:
+            reason = "too many new sockets of this user or address; try again later"
+            raise Closing(TOO_MANY_SOCKETS, reason) from None
 
     async def disconnect(self, code: int) -> None:
         self._forget()
@@ -331,7 +346,7 @@ class DropConsumer(Consumer):
     async def _flushed(self) -> None:
         """Return once the client has taken what there was for it, or is gone."""
         self._flush()
-        while self.blocked is not None and not self.is_over:
+        while self.blocked is not None and not self.blocked.done() and not self.is_over:
             await asyncio.wait([self.blocked])
 
     def _end(self, code: int, reason: str) -> None:
@@ -394,23 +409,19 @@ def read_address(scope: dict[str, Any]) -> tuple[str | None, int | None]:
     return drop_id.lower(), since
 
 
-async def identify(headers: list[tuple[bytes, bytes]], ticket: str | None) -> uuid.UUID | None:
+async def identify(scope: dict[str, Any], ticket: str | None) -> uuid.UUID | None:
     """Return whose socket this is, by its headers or else by its ticket; None is nobody's.
 
     Raises:
         Closing: the headers, or the ticket, are not valid.
     """
     try:
-        identity = read_identity(
-            *(header(headers, name) for name in (b"x-user-id", b"x-user-name"))
-        )
+        identity = identify_socket(scope)
         if identity is not None:
-            if not settings.CREATE_UNKNOWN_USERS:
-                # Where anybody may be anybody, to look is not yet a reason to make a user.
-                await database_sync_to_async(get_user)(identity)
+            await database_sync_to_async(refuse_unknown)(identity)
             return identity.user_id
     except InvalidIdentity:
-        raise Closing(INVALID_IDENTITY, "invalid X-User-Id") from None
+        raise Closing(INVALID_IDENTITY, "invalid identity") from None
     except UnknownUser:
         raise Closing(INVALID_IDENTITY, "unknown user") from None
     if ticket is None:
@@ -419,12 +430,6 @@ async def identify(headers: list[tuple[bytes, bytes]], ticket: str | None) -> uu
     if user_id is None:
         raise Closing(INVALID_IDENTITY, "this ticket is unknown, used or too old")
     return user_id
-
-
-def header(headers: list[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """Return a header's value; a repeated one is joined by commas, as everywhere."""
-    given = [value.decode("latin-1") for each, value in headers if each == name]
-    return ",".join(given) if given else None
 
 
 def parse_message(text: str | None) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
-from realtime import log
+from realtime import log, presence
 from realtime.conflation import Waiting
 from realtime.frames import (
     EventFrame,
@@ -171,6 +171,7 @@ class Hub:
                 self._send_forever(),
                 self._beat(),
                 self.private.tell_forever(),
+                presence.report_forever(),
             )
         ]
 
@@ -270,7 +271,8 @@ class Hub:
                 while True:
                     message = await layer.receive(channel)
                     try:
-                        await self._take(message)
+                        for news in message["news"]:
+                            await self._take(news)
                     except OUTAGES as exc:
                         logger.warning("the event log can't be read: %s", exc)
                     except Exception:
@@ -332,14 +334,14 @@ class Hub:
         for key in [key for key, snapshot in self._snapshots.items() if not snapshot.is_fresh]:
             del self._snapshots[key]
 
-    async def _take(self, message: dict[str, Any]) -> None:
-        """Pass on the events of a message; where it does not join on, read the log instead."""
-        drop_id, events = message["drop_id"], message["events"]
+    async def _take(self, news: dict[str, Any]) -> None:
+        """Pass on a drop's events; where they don't join on, read the log instead."""
+        drop_id, events = news["drop_id"], news["events"]
         known = self._feed(drop_id).seq
-        if message["seq"] <= known:
+        if news["seq"] <= known:
             return
         if not events or events[0]["seq"] > known + 1:
-            return await self._read_missed(drop_id, message["seq"])
+            return await self._read_missed(drop_id, news["seq"])
         self._pass_on(
             drop_id,
             (
@@ -349,6 +351,8 @@ class Hub:
         )
 
     async def _read_missed(self, drop_id: str, up_to: int) -> None:
+        if not self._has_audience(drop_id):
+            return self._skip(drop_id, up_to)
         # One reader per drop: two would pass the same events on twice, or in the wrong order.
         lock = self._locks.setdefault(drop_id, asyncio.Lock())
         async with lock:
@@ -359,6 +363,19 @@ class Hub:
                     # Pruned meanwhile, or never logged: nobody can be told of these.
                     return self._start_over(drop_id, up_to)
                 self._pass_on(drop_id, events)
+
+    def _has_audience(self, drop_id: str) -> bool:
+        return bool(
+            self._watching_all or self._watching.get(drop_id) or self._listening.get(drop_id)
+        )
+
+    def _skip(self, drop_id: str, up_to: int) -> None:
+        """Leave out events that nobody here has asked for, like those of 10,000 expired holds."""
+        feed = self._feed(drop_id)
+        feed.seq = feed.sent = up_to
+        feed.recent = feed.waiting = None
+        tell_followers(drop_id, [])
+        self.private.look_soon()
 
     # --- Where they go ------------------------------------------------------------------
 

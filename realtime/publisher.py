@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "drops"
-# A message is a hint; hubs read from the event log what it doesn't carry.
+# News are a hint; hubs read from the event log what they don't carry.
 MAX_EVENTS_PER_MESSAGE = 100
 MAX_WAITING_MESSAGES = 1000
 SEND_TIMEOUT_SECONDS = 5
@@ -35,7 +35,6 @@ def publish(drop_id: uuid.UUID, events: Sequence["NewEvent"], at: datetime) -> N
     tell_followers(str(drop_id), [(e.seq, e.type, e.data) for e in events])
     _publisher().put(
         {
-            "type": "drop.events",
             "drop_id": str(drop_id),
             "seq": events[-1].seq,
             "events": [
@@ -97,10 +96,10 @@ class Publisher(threading.Thread):
     async def _send_forever(self) -> None:
         layer = get_channel_layer()
         while True:
-            message = await self._waiting.get()
+            news = await self._take_waiting()
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                    await layer.group_send(GROUP, message)
+                    await layer.group_send(GROUP, {"type": "drop.events", "news": news})
                 self._report(None)
             except Exception as exc:
                 self._report(exc)
@@ -108,6 +107,15 @@ class Publisher(threading.Thread):
                 self._drop_waiting()
             if self._waiting.empty():
                 self._is_idle.set()
+
+    async def _take_waiting(self) -> list[dict[str, Any]]:
+        """Return what waits by now, in order, for one message: most of its cost is the message."""
+        news = [await self._waiting.get()]
+        events = len(news[0]["events"])
+        while not self._waiting.empty() and events < MAX_EVENTS_PER_MESSAGE:
+            news.append(self._waiting.get_nowait())
+            events += len(news[-1]["events"])
+        return news
 
     def _drop_waiting(self) -> None:
         while not self._waiting.empty():

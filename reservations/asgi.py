@@ -20,7 +20,7 @@ from config.serializers import LARGEST_INTEGER
 from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
-from drops.hot_claims import HotClaim, identity_of, key_of, settle_claims, settle_in_batch
+from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
 from reservations.memory import ShortageMemory
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, reserve_on_drops
@@ -41,7 +41,7 @@ class ReserveEndpoint:
 
     async def __call__(self, request: HotRequest) -> HotAnswer:
         drop_id = drop_id_of(request)
-        identity = identity_of(request)
+        identity = await admit(request, "reserve")
         claim = read_claim(request, identity)
         key = key_of(request, identity)
         if refusal := self.memory.refusal(drop_id, claim, may_be_repeat=key is not None):

@@ -1,3 +1,5 @@
+import math
+
 from config.problems import Refusal
 
 
@@ -19,6 +21,23 @@ class VariantRequired(Refusal):
 class LimitExceeded(Refusal):
     default_code = "limit_exceeded"
     default_detail = "This would be more than one user may hold and buy of this drop."
+
+
+class TooManyHolds(LimitExceeded):
+    """The limit over all drops; clients read the same code, and what to do from the detail."""
+
+    default_detail = "You hold as much as one user may at once. Buy or release something first."
+
+
+class Cooldown(Refusal):
+    """Too many own holds expired unused."""
+
+    default_code = "cooldown"
+    default_detail = "Too many of your holds on this drop expired. Wait before the next one."
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.retry_after_seconds = max(1, math.ceil(seconds))
 
 
 class AlreadyReserved(Refusal):

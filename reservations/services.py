@@ -11,6 +11,7 @@ from typing import TypeVar
 from django.conf import settings
 from django.db import OperationalError, connection, transaction
 from django.db.models import (
+    Count,
     Max,
     Min,
     OuterRef,
@@ -30,11 +31,13 @@ from drops.services import LockedDrop, change_drop, lock_drop, lock_drops, save_
 from realtime.models import EventType
 from reservations.exceptions import (
     AlreadyReserved,
+    Cooldown,
     FullyReserved,
     LimitExceeded,
     ReservationExpired,
     ReservationNotActive,
     SoldOut,
+    TooManyHolds,
     VariantRequired,
 )
 from reservations.models import Reservation, ReservationStatus
@@ -64,6 +67,17 @@ class Share:
 
     used: int = 0
     hold: Reservation | None = None
+    # Read only where a drop has a cooldown.
+    expired: int = 0
+    last_expired_at: datetime | None = None
+
+    def expire_hold(self) -> None:
+        """Take note that the hold's time was up."""
+        assert self.hold is not None  # noqa: S101
+        self.used -= self.hold.quantity
+        self.expired += 1
+        self.last_expired_at = self.hold.expires_at
+        self.hold = None
 
 
 def reserve(drop_id: uuid.UUID, claim: Claim) -> Reservation:
@@ -105,12 +119,19 @@ def reserve_on_drops(
     Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
     else keeps locked: nobody waits there for a drop they don't want.
     """
+    if settings.MAX_ACTIVE_HOLDS:
+        lock_claimants(claim for of_drop in claims.values() for claim in of_drop)
     locked_drops = lock_drops(claims, may_wait=may_wait)
     shares, now = read_shares(
         (locked.drop, claim) for pk, locked in locked_drops.items() for claim in claims[pk]
     )
+    active_holds = read_active_holds(shares, now) if settings.MAX_ACTIVE_HOLDS else Counter()
+    for pk, locked in locked_drops.items():
+        if locked.drop.has_cooldown:
+            read_expired_holds(locked.drop, shares.get(pk, {}))
     settlements = {
-        pk: Settlement(locked, shares.get(pk, {}), now) for pk, locked in locked_drops.items()
+        pk: Settlement(locked, shares.get(pk, {}), now, active_holds)
+        for pk, locked in locked_drops.items()
     }
     outcomes = {
         pk: [settlement.settle(claim) for claim in claims[pk]]
@@ -127,11 +148,20 @@ def reserve_on_drops(
 class Settlement:
     """The state of one ``reserve_many``, claim by claim."""
 
-    def __init__(self, locked: LockedDrop, shares: dict[uuid.UUID, Share], now: datetime) -> None:
+    def __init__(
+        self,
+        locked: LockedDrop,
+        shares: dict[uuid.UUID, Share],
+        now: datetime,
+        active_holds: Counter[uuid.UUID],
+    ) -> None:
         self.locked = locked
         self.drop = locked.drop
         self.shares = shares
         self.now = now
+        # Of each claimant over all drops, those of this transaction included; counted only
+        # where that is limited.
+        self.active_holds = active_holds
         self.refusal = refusal_unless_live(locked.drop, now)
         self.expires_at = now + timedelta(seconds=settings.RESERVATION_TTL_SECONDS)
         if locked.drop.ends_at:
@@ -147,8 +177,7 @@ class Settlement:
             return UnknownUser()
         if share.hold is not None and share.hold.is_overdue_at(self.now):
             self.reclaim()
-            share.used -= share.hold.quantity
-            share.hold = None
+            share.expire_hold()
         try:
             variant = self.variant_of(claim)
             if share.hold is not None:
@@ -157,6 +186,7 @@ class Settlement:
         except (Refusal, ValidationError) as refusal:
             return refusal
         reservation = self.hold(claim, variant)
+        self.active_holds[claim.user_id] += 1
         share.used += claim.quantity
         share.hold = reservation
         return reservation
@@ -190,6 +220,19 @@ class Settlement:
             self.reclaim()
         if variant.available_stock < claim.quantity:
             raise self.shortage(variant)
+        # After the stock, which says the same to everybody (see reservations.memory).
+        holds = self.active_holds[claim.user_id]
+        if 0 < settings.MAX_ACTIVE_HOLDS <= holds:
+            raise TooManyHolds(limit=settings.MAX_ACTIVE_HOLDS, used=holds)
+        if seconds := self.cooldown_left(share):
+            raise Cooldown(seconds)
+
+    def cooldown_left(self, share: Share) -> float:
+        """Return for how many seconds the claimant's expired holds still count against them."""
+        allowed, seconds = self.drop.max_expired_holds, self.drop.hold_cooldown_seconds
+        if not allowed or not seconds or share.expired < allowed or not share.last_expired_at:
+            return 0.0
+        return max(0.0, seconds - (self.now - share.last_expired_at).total_seconds())
 
     def hold(self, claim: Claim, variant: Variant) -> Reservation:
         drop = self.drop
@@ -349,6 +392,39 @@ def read_shares(
                 )
                 share.hold.read_at = now
     return shares, now
+
+
+def lock_claimants(claims: Iterable[Claim]) -> None:
+    """Let nobody else reserve for these users until the end of the transaction.
+
+    Without that, two drops could each count a hold less than the user will have. Taken
+    before any drop's lock, and by id, so that nobody waits in a circle (docs/adr/0011).
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT FROM users_user WHERE id = ANY(%b::uuid[]) ORDER BY id FOR NO KEY UPDATE",
+            [list({claim.user_id for claim in claims})],
+        )
+
+
+def read_active_holds(
+    shares: Mapping[uuid.UUID, Mapping[uuid.UUID, Share]], now: datetime
+) -> Counter[uuid.UUID]:
+    """Return how many holds the claimants have, over all drops."""
+    users = {user_id for of_drop in shares.values() for user_id in of_drop}
+    holds = Reservation.objects.active().filter(user__in=users, expires_at__gt=now).order_by()
+    rows = holds.values_list("user_id").annotate(count=Count("pk"))
+    return Counter(dict(rows))
+
+
+def read_expired_holds(drop: Drop, shares: dict[uuid.UUID, Share]) -> None:
+    """Add to ``shares`` how many holds of ``drop`` the claimants let expire, and the last time."""
+    expired = Reservation.objects.filter(
+        drop=drop, user__in=list(shares), status=ReservationStatus.EXPIRED
+    ).order_by()
+    for row in expired.values("user_id").annotate(count=Count("pk"), last=Max("expires_at")):
+        share = shares[row["user_id"]]
+        share.expired, share.last_expired_at = row["count"], row["last"]
 
 
 def release(reservation_id: uuid.UUID, user: User) -> Reservation:

@@ -57,6 +57,7 @@ REFUSALS = (
     "drop_not_published",
     "variant_required",
     "limit_exceeded",
+    "cooldown",
     "already_reserved",
     "not_found",
     "busy",
@@ -85,6 +86,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
     serializer_class = ReservationSerializer
     permission_classes = [IsIdentified]
     queryset = Reservation.objects.all()
+    rate_limited = ("reserve",)
 
     def get_queryset(self) -> ReservationQuerySet:
         own = Reservation.objects.read_now().filter(user=user_of(self.request))
@@ -179,7 +181,7 @@ class ExpireNowView(APIView):
                 response_only=True,
             )
         ],
-        responses=answers({200: ExpireNowSerializer}),
+        responses=answers({200: ExpireNowSerializer}, "validation_error", *IDEMPOTENT),
     )
     @idempotent
     def post(self, request: Request) -> Response:

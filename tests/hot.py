@@ -176,8 +176,9 @@ async def hub_hears_others() -> None:
         number += 1
         event = {"seq": 1, "type": "STOCK_UPDATED", "ts": 0.0, "data": {}}
         drop_id = f"00000000-0000-0000-0000-{number:012}"
-        news = {"type": "drop.events", "drop_id": drop_id, "seq": 1, "events": [event]}
-        await get_channel_layer().group_send(publisher.GROUP, news)
+        news = [{"drop_id": drop_id, "seq": 1, "events": [event]}]
+        message = {"type": "drop.events", "news": news}
+        await get_channel_layer().group_send(publisher.GROUP, message)
         try:
             await asyncio.wait_for(heard.wait(), 0.05)
         except TimeoutError:

@@ -48,6 +48,8 @@ NUMBERED = re.compile(
 )
 MADE_REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 ETAG = re.compile(r'W/"[0-9a-f]{24}"')
+# Counted per process, so the second lane goes on where the first one ended.
+REQUESTS_LEFT = re.compile(r"r=\d+;t=\d+")
 EXPIRES_IN = re.compile(r'"expires_in": 5\d\.\d+')
 JSON = ("application/json", "application/problem+json")
 
@@ -149,6 +151,7 @@ def readable(
         elif name == b"x-request-id" and MADE_REQUEST_ID.fullmatch(text):
             body = body.replace(text, "<request id>")
         else:
+            text = REQUESTS_LEFT.sub("r=<left>;t=<seconds>", text)
             text = plain(text) if with_etag else ETAG.sub("<etag>", plain(text))
             headers.append(f"{name.decode()}: {text}")
     body = EXPIRES_IN.sub('"expires_in": "less than 60"', plain(body))

@@ -73,12 +73,18 @@ def test_says_that_it_is_up(client):
 
 
 def test_refuses_a_large_body(web_server, client, transactional_db):
-    headers = {"X-User-Id": SOMEBODY, "X-Request-Id": "large-1"}
+    headers = {
+        "X-User-Id": SOMEBODY,
+        "X-Request-Id": "large-1",
+        "Origin": "https://shop.example",
+    }
 
     response = client.post("/api/drops", content=b" " * TWO_MEGABYTES, headers=headers)
 
     assert problem_of(response) == (413, "body_too_large")
     assert response.headers["x-request-id"] == "large-1"
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert response.headers["x-content-type-options"] == "nosniff"
     assert User.objects.count() == 0
     assert is_alive(web_server)
 
@@ -124,11 +130,10 @@ def test_takes_a_small_chunked_body_of_a_hot_route(client, transactional_db):
     ],
     ids=["declared", "chunked"],
 )
-def test_refuses_a_large_body_without_reading_it_all(session_uvicorn, header, body):
-    """Of uvicorn only: daphne hands a request to the application when it is complete."""
+def test_refuses_a_large_body_without_reading_it_all(web_server, header, body):
     head = request_bytes("POST", "/api/drops", header, b"Content-Type: application/json")
 
-    status, headers, answer = exchange(session_uvicorn, head, body)
+    status, headers, answer = exchange(web_server, head, body)
 
     assert (status, json.loads(answer)["code"]) == (413, "body_too_large")
     assert headers["connection"] == "close"
@@ -378,6 +383,8 @@ def test_a_page_of_another_origin_may_read_the_answers(client, transactional_db)
         assert response.headers["access-control-allow-origin"] == "*", (method, path)
         assert names_in(response, "access-control-expose-headers") == {
             "idempotent-replayed",
+            "ratelimit",
+            "ratelimit-policy",
             "retry-after",
             "x-request-id",
         }

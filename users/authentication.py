@@ -1,30 +1,83 @@
 from typing import TYPE_CHECKING
 
+from django.conf import settings
+from django.http import HttpRequest
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import NotAuthenticated
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
-from users.identity import get_user, read_identity
+from config.addresses import client_address
+from config.problems import CHALLENGES
+from config.rate_limits import rate_limits
+from users.identity import Asking, Identity, get_user, identify, raw_target
 from users.models import User
+from users.replays import refuse_replay
 
 if TYPE_CHECKING:
     # DRF imports this module while it sets up its views.
     from rest_framework.views import APIView
 
 
-class HeaderAuthentication(BaseAuthentication):
-    """Take the identity from ``X-User-Id`` and ``X-User-Name``."""
+# Where in the ASGI scope a hot route notes what it has done before it passed a request on.
+ADMITTED = "drops.admitted"
+
+
+class IdentityAuthentication(BaseAuthentication):
+    """Take the identity from the request, as ``settings.IDENTITY_MODE`` says."""
 
     def authenticate(self, request: Request) -> tuple[User, None] | None:
-        identity = read_identity(
-            request.headers.get("X-User-Id"), request.headers.get("X-User-Name")
-        )
-        return (get_user(identity), None) if identity else None
+        identity = identity_of(request._request)
+        if identity is None:
+            return None
+        check_rate(request._request, request.parser_context["view"], identity)
+        return get_user(identity), None
 
     def authenticate_header(self, request: Request) -> str:
         # Without a challenge DRF would answer 403 instead of 401.
-        return "X-User-Id"
+        return CHALLENGES[settings.IDENTITY_MODE]
+
+
+def identity_of(request: HttpRequest) -> Identity | None:
+    """Return who is asking; a signed request is used up by it.
+
+    Raises:
+        InvalidIdentity: see ``users.identity.identify``.
+    """
+    scope = getattr(request, "scope", {})
+    if ADMITTED in scope:
+        return scope[ADMITTED][0]
+    identity = identify(
+        Asking(
+            str(request.method),
+            raw_target(scope) if scope else request.get_full_path().encode(),
+            request.headers.get,
+            lambda: request.body,
+        )
+    )
+    if identity is not None:
+        refuse_replay(identity)
+    return identity
+
+
+def check_rate(request: HttpRequest, view: "APIView", identity: Identity) -> None:
+    """Count a request to an action that its viewset names in ``rate_limited``.
+
+    Raises:
+        RateLimited: too many by this user, or from this address.
+    """
+    scope = getattr(request, "scope", {})
+    action = getattr(view, "action", None)
+    if ADMITTED in scope:
+        request.rate_limit = scope[ADMITTED][1]  # type: ignore[attr-defined]
+    elif action in getattr(view, "rate_limited", ()):
+        request.rate_limit = rate_limits().check(  # type: ignore[attr-defined]
+            str(action),
+            identity.user_id,
+            lambda: client_address(
+                request.META.get("REMOTE_ADDR"), request.META.get("HTTP_X_FORWARDED_FOR")
+            ),
+        )
 
 
 def user_of(request: Request) -> User:

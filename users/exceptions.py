@@ -12,7 +12,7 @@ class InvalidIdentity(Refusal):
 class UnknownUser(Refusal):
     status_code = HTTPStatus.UNAUTHORIZED
     default_code = "unknown_user"
-    default_detail = "There is no active user with this X-User-Id."
+    default_detail = "There is no active user with this identity."
 
 
 class InvalidIdempotencyKey(Refusal):

@@ -219,6 +219,8 @@ def test_creates_a_draft_from_the_least_there_is(client_of, db):
         "ends_at": None,
         "status": "draft",
         "max_per_user": 1,
+        "hold_cooldown_seconds": None,
+        "max_expired_holds": None,
         "seq": 0,
         "activity_feed": {"latest_purchasers": []},
     }

@@ -92,7 +92,6 @@ def message(
     """Return what the publisher sends about a drop's events ``seqs``."""
     events = [{"seq": n, "type": kind, "ts": AT.timestamp(), "data": {}} for n in seqs]
     return {
-        "type": "drop.events",
         "drop_id": str(drop.pk),
         "seq": seqs[-1],
         "events": events if carries_events else [],
@@ -407,7 +406,7 @@ def test_a_start_that_fails_can_be_repeated(monkeypatch):
             outcomes = await asyncio.gather(hub.start(), hub.start(), return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [DatabaseError] * 2
         await hub.start()
-        assert len(hub._tasks) == 5
+        assert len(hub._tasks) == 6
 
     asyncio.run(scenario())
 

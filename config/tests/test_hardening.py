@@ -1,0 +1,375 @@
+"""What browsers, logs and careless operators are kept from."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.test import override_settings
+
+from config import checks
+from config.addresses import client_address
+from config.logs import MaskSecrets, masked
+from drops.tests.factories import DropFactory
+from purchases.services import purchase
+from realtime.models import Event, EventType
+from reservations.services import Claim, reserve
+from tests.hot import hot_lane, viewset_lane
+from users.identity import public_id
+from users.tests.factories import UserFactory
+
+PRODUCTION = dict(
+    line.split("=", 1)
+    for line in (settings.BASE_DIR / "docs/examples/production.env").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with nothing of this process's environment but the path."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={"PATH": os.environ["PATH"], "DJANGO_SETTINGS_MODULE": "config.settings"} | environment,
+        cwd=settings.BASE_DIR,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# --- The start --------------------------------------------------------------------------
+
+
+PRODUCTION_CHECK = """
+import django; django.setup()
+from django.core.management import call_command
+from django.urls import resolve
+call_command("check", deploy=True, fail_level="WARNING")
+for path in ("/api/internal/expire-now", "/api/internal/", "/api/me"):
+    print(path, resolve(path).func.__name__)
+"""
+
+
+def test_the_production_example_has_no_warnings_and_no_internal_routes():
+    result = run("-c", PRODUCTION_CHECK, **PRODUCTION)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "no issues" in result.stdout
+    assert "/api/internal/expire-now no_such_address" in result.stdout
+    assert "/api/internal/ no_such_address" in result.stdout
+    assert "/api/me view" in result.stdout
+
+
+SECRET = "s" * 32
+UNUSABLE = {
+    "raw headers": ({"IDENTITY_MODE": "header"}, "IDENTITY_MODE"),
+    "an unknown mode": ({"IDENTITY_MODE": "trust"}, "IDENTITY_MODE"),
+    "no secret": ({"GATEWAY_SECRETS": ""}, "GATEWAY_SECRETS"),
+    "a short secret": ({"GATEWAY_SECRETS": "hunter2"}, "GATEWAY_SECRETS"),
+    "three secrets": ({"GATEWAY_SECRETS": ",".join([SECRET] * 3)}, "GATEWAY_SECRETS"),
+    "no key": ({"IDENTITY_MODE": "jwt"}, "JWT_KEY"),
+    "no key file": ({"IDENTITY_MODE": "jwt", "JWT_JWKS_FILE": "/nowhere"}, "JWT_JWKS_FILE"),
+    "no audience": ({"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET}, "JWT_AUDIENCE"),
+    "both kinds of keys": (
+        {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "RS256,HS256"},
+        "JWT_ALGORITHMS",
+    ),
+    "no algorithm at all": (
+        {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "none"},
+        "JWT_ALGORITHMS",
+    ),
+    "no rate": ({"RATE_LIMIT_RESERVE": "many"}, "RATE_LIMIT_RESERVE"),
+    "a rate of nothing": ({"RATE_LIMIT_CREATE": "0/minute"}, "RATE_LIMIT_CREATE"),
+    "no network": ({"TRUSTED_PROXIES": "proxy.internal"}, "TRUSTED_PROXIES"),
+    "creators that are nobody": ({"DROP_CREATORS": "root"}, "DROP_CREATORS"),
+}
+
+
+IMPORT_SETTINGS = """
+import json, os, runpy, sys
+production = dict(os.environ)
+for changes in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update(production | changes)
+    try:
+        runpy.run_module("config.settings")
+        print("fine")
+    except SystemExit as exc:
+        print(exc)
+"""
+
+
+def starts(*changes: dict[str, str]) -> list[str]:
+    """Return the line with which each start ends, all in one process."""
+    result = run("-c", IMPORT_SETTINGS, json.dumps(changes), **PRODUCTION)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_a_start_without_protection_is_refused_in_one_line():
+    lines = starts(*[changes for changes, _ in UNUSABLE.values()])
+
+    for (name, (_, variable)), line in zip(UNUSABLE.items(), lines, strict=True):
+        assert line.startswith(f"{variable}="), (name, line)
+        assert "hunter2" not in line
+        assert SECRET not in line
+
+
+def test_headers_may_be_trusted_where_somebody_says_so():
+    trusted = {"IDENTITY_MODE": "header", "TRUST_IDENTITY_HEADERS": "true", "GATEWAY_SECRETS": ""}
+
+    assert starts(trusted, {}) == ["fine", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "found"),
+    [
+        (checks.check_identity_mode, {"IDENTITY_MODE": "gateway"}, "drops.E001"),
+        (checks.check_identity_mode, {"IDENTITY_MODE": "jwt"}, "drops.E002"),
+        (checks.check_cors, {"CORS_ALLOW_CREDENTIALS": True}, "drops.E003"),
+        (checks.check_drop_creators, {"DROP_CREATORS": "authenticated"}, "drops.W001"),
+        (checks.check_public_ids, {"PUBLIC_USER_IDS": "plain"}, "drops.W002"),
+        (checks.check_redis_client, {}, None),
+        (checks.check_connections_are_pooled, {}, None),
+        (checks.check_cors, {}, None),
+        (checks.check_drop_creators, {"DROP_CREATORS": "staff"}, None),
+        (checks.check_public_ids, {"PUBLIC_USER_IDS": "opaque"}, None),
+    ],
+)
+def test_checks(check, changes, found):
+    with override_settings(**changes):
+        assert [message.id for message in check(None)] == ([found] if found else [])
+
+
+def test_the_check_of_the_redis_client_knows_the_broken_one(monkeypatch):
+    monkeypatch.setattr(checks, "version", lambda name: "8.0.1")
+
+    assert [message.id for message in checks.check_redis_client(None)] == ["drops.E004"]
+
+
+def test_the_check_of_connections_knows_persistent_ones(monkeypatch):
+    monkeypatch.setitem(settings.DATABASES["default"], "CONN_MAX_AGE", 60)
+
+    assert [m.id for m in checks.check_connections_are_pooled(None)] == ["drops.E005"]
+
+
+def test_counts_the_connections_of_all_processes(db, settings):
+    def found():
+        return [m.id for m in checks.check_connection_limit(None, databases=["default"])]
+
+    assert found() == []
+    settings.WEB_PROCESSES = 1000
+    assert found() == ["drops.W003"]
+    assert checks.check_connection_limit(None) == []
+
+
+# --- Browsers ---------------------------------------------------------------------------
+
+PAGES = [
+    "/",
+    "/api/docs",
+    "/api/redoc",
+    "/api/asyncapi",
+    "/admin/login/",
+    "/admin/",
+    "/admin/drops/drop/",
+]
+INLINE = [
+    re.compile(rb"<script(?![^>]*\bsrc=)(?![^>]*application/json)", re.I),
+    re.compile(rb"<[a-z][^>]*\son[a-z]+\s*=", re.I),
+    re.compile(rb"javascript:", re.I),
+]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_have_no_inline_script_and_a_policy_against_it(admin_client, path):
+    DropFactory()
+
+    response = admin_client.get(path, follow=True)
+
+    policy = response["Content-Security-Policy"]
+    assert response.status_code == 200
+    # The menus of the admin make functions of attributes (docs/adr/0013); no page runs what
+    # stands in it.
+    assert re.search(r"script-src 'self'( 'unsafe-eval')?;", policy)
+    assert ("unsafe-eval" in policy) == path.startswith("/admin/")
+    assert "object-src 'none'" in policy
+    assert [pattern.findall(response.content) for pattern in INLINE] == [[], [], []]
+    assert response["X-Frame-Options"] == "DENY"
+    assert response["X-Content-Type-Options"] == "nosniff"
+    assert response["Referrer-Policy"] == "same-origin"
+
+
+def test_the_script_of_the_docs_is_a_file_of_its_own(client):
+    page = client.get("/api/docs").content.decode()
+    address = re.search(r'<script src="(/api/docs[^"]+)"', page)[1]
+
+    response = client.get(address)
+
+    assert response["Content-Type"].startswith("application/javascript")
+    assert "SwaggerUIBundle" in response.content.decode()
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+def test_api_answers_allow_no_page_at_all(lane):
+    with lane() as application:
+        answer = asyncio.run(application.get("/api/drops"))
+
+    assert answer.header("content-security-policy") == "default-src 'none'; frame-ancestors 'none'"
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+def test_plain_http_is_redirected_and_https_remembered(lane, settings, monkeypatch):
+    settings.SECURE_SSL_REDIRECT, settings.SECURE_HSTS_SECONDS = True, 3600
+    settings.SECURE_HSTS_INCLUDE_SUBDOMAINS = settings.SECURE_HSTS_PRELOAD = True
+    settings.SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+
+    async def ask(application):
+        plain = await application.get("/api/drops")
+        lie = await application.get("/api/drops", **{"X-Forwarded-Proto": "http, https"})
+        secure = await application.get("/api/drops?limit=1", **{"X-Forwarded-Proto": "https"})
+        return plain, lie, secure
+
+    # Django's middleware reads its settings when it is made.
+    monkeypatch.setattr("config.asgi.django_application", get_asgi_application())
+    with lane() as application:
+        plain, lie, secure = asyncio.run(ask(application))
+
+    assert (plain.status, plain.header("location")) == (301, "https://testserver/api/drops")
+    assert lie.status == 301
+    assert secure.status == 200
+    expected = "max-age=3600; includeSubDomains; preload"
+    assert secure.header("strict-transport-security") == expected
+
+
+# --- Addresses --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("203.0.113.7", None, "203.0.113.7"),
+        ("203.0.113.7", "198.51.100.1", "203.0.113.7"),
+        ("10.0.0.1", "198.51.100.1", "198.51.100.1"),
+        ("10.0.0.1", "1.1.1.1, 198.51.100.1", "198.51.100.1"),
+        ("10.0.0.1", "198.51.100.1, 10.0.0.9", "198.51.100.1"),
+        ("10.0.0.1", "198.51.100.1:5050", "198.51.100.1"),
+        ("10.0.0.1", "[2001:db8::1]:443", "2001:db8::/64"),
+        ("::ffff:10.0.0.1", "198.51.100.1", "198.51.100.1"),
+        ("2001:db8::1:2:3:4", None, "2001:db8::/64"),
+        (None, "198.51.100.1", "198.51.100.1"),
+        ("", None, "unknown"),
+        ("10.0.0.1", "<script>", "unknown"),
+        ("10.0.0.1", "", "unknown"),
+    ],
+)
+def test_believes_only_trusted_proxies_about_addresses(peer, forwarded, address, settings):
+    from config import env
+
+    settings.TRUSTED_PROXIES = env.networks("NO_SUCH_NAME") or [
+        env.ip_network("10.0.0.0/8"),
+        env.ip_network("fd00::/8"),
+    ]
+
+    assert client_address(peer, forwarded) == address
+
+
+def test_believes_nobody_by_default():
+    assert client_address("203.0.113.7", "198.51.100.1") == "203.0.113.7"
+
+
+# --- Logs -------------------------------------------------------------------------------
+
+TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (f"X-Auth-Signature: t=1795370400,v1={'0123456789abcdef' * 4}", "0123456789abcdef"),
+        (f"Authorization: Bearer {TOKEN}", TOKEN[4:]),
+        ("authorization: Basic YWRtaW46YWRtaW4=", "YWRtaW46YWRtaW4="),
+        (f"token was {TOKEN}", TOKEN[4:]),
+        ("GET /ws/drops?ticket=3f9a77c2b1&x=1", "3f9a77c2b1"),
+        ("redis://:hunter2@redis:6379/0 is away", "hunter2"),
+        ("postgres://drops:hunter2@db/drops", "hunter2"),
+        ("{'password': 'hunter2', 'x': 1}", "hunter2"),
+        ("Cookie: sessionid=abc123def; csrftoken=xyz", "abc123def"),
+        ('{"secret": "hunter2"}', "hunter2"),
+    ],
+)
+def test_masks_what_opens_doors(text, secret):
+    assert secret not in masked(text)
+    assert "***" in masked(text)
+
+
+@pytest.mark.parametrize("text", ["GET /api/drops?limit=5 200", "the token is not valid", "v1=ok"])
+def test_leaves_the_rest_as_it_is(text):
+    assert masked(text) == text
+
+
+def test_masks_arguments_and_tracebacks_of_a_record():
+    try:
+        raise ValueError("redis://:hunter2@redis:6379/0")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "x.py", 1, "%s is away", ("a:b@c",), sys.exc_info())
+    record.args = ("redis://:hunter2@redis/0",)
+
+    assert MaskSecrets().filter(record)
+    text = logging.Formatter("%(message)s").format(record)
+    assert "hunter2" not in text
+    assert "redis://:***@redis/0 is away" in text
+    assert "ValueError" in text
+
+
+def test_every_handler_masks():
+    assert all("secrets" in h["filters"] for h in settings.LOGGING["handlers"].values())
+
+
+# --- Public ids -------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
+def test_opaque_ids_hide_who_bought(client_of, settings):
+    settings.PUBLIC_USER_IDS = "opaque"
+    drop, user = DropFactory(), UserFactory()
+    reserve(drop.pk, Claim(user.pk))
+    purchase(drop.pk, user.pk)
+
+    shown = client_of().get(f"/api/drops/{drop.pk}")
+
+    event = Event.objects.get(drop_id=drop.pk, type=EventType.ACTIVITY_UPDATED)
+    known_as = shown.json()["activity_feed"]["latest_purchasers"][0]["user_id"]
+    assert event.data["latestPurchasers"][0]["userId"] == known_as == public_id(user.pk)
+    assert uuid.UUID(known_as).version == 8
+    assert str(user.pk) not in shown.content.decode()
+    assert not list(Event.objects.filter(data__contains=str(user.pk)))
+    # One's own rows say who one is.
+    assert client_of(user).get("/api/purchases").json()["results"][0]["user_id"] == str(user.pk)
+
+
+def test_opaque_ids_are_the_same_each_time_and_depend_on_the_key(settings):
+    settings.PUBLIC_USER_IDS = "opaque"
+    somebody = uuid.uuid4()
+    first = public_id(somebody)
+
+    assert public_id(somebody) == public_id(str(somebody)) == first != public_id(uuid.uuid4())
+    settings.SECRET_KEY = "another key"
+    assert public_id(somebody) != first
+
+
+def test_everything_named_here_exists():
+    text = (settings.BASE_DIR / "SECURITY.md").read_text()
+
+    for name in re.findall(r"`([\w/]+\.py)`|\]\(([\w/.-]+)\)", text):
+        assert Path(settings.BASE_DIR, *filter(None, name)).exists(), name

@@ -1,0 +1,195 @@
+"""IDENTITY_MODE=jwt: only good tokens of our own provider are believed."""
+
+import json
+import time
+import uuid
+
+import jwt
+import pytest
+
+from tests.identities import (
+    AUDIENCE,
+    ISSUER,
+    base64url,
+    bearer,
+    encoded,
+    identity_mode,
+    private_key,
+    public_pem,
+    swapped_algorithm,
+    token,
+    without_algorithm,
+)
+from users import tokens
+from users.exceptions import InvalidIdentity
+from users.identity import Asking, Identity, identify
+from users.models import User
+
+ADA = "1b4e28ba-2fa1-4d2e-883f-b9a761bde3fb"
+
+
+@pytest.fixture(autouse=True)
+def jwt_mode():
+    with identity_mode("jwt"):
+        yield
+
+
+def identity_of(headers):
+    lower = {name.lower(): value for name, value in headers.items()}
+    return identify(Asking("POST", b"/api/me", lower.get, bytes))
+
+
+def test_believes_a_good_token_each_time():
+    headers = bearer(ADA, name="Ada Lovelace")
+
+    assert identity_of(headers) == Identity(uuid.UUID(ADA), "Ada Lovelace")
+    assert identity_of(headers) == Identity(uuid.UUID(ADA), "Ada Lovelace")
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", " Bearer "])
+def test_takes_the_scheme_in_any_case(scheme):
+    assert identity_of({"Authorization": f"{scheme} {token(ADA)}"})
+
+
+def test_names_a_user_after_the_claims():
+    assert identity_of(bearer(ADA, preferred_username="ada")).name == "ada"
+    assert identity_of(bearer(ADA, name="Zo\u202eë", preferred_username="z")).name == "Zoë"
+    assert identity_of(bearer(ADA, name=["Ada"])).name is None
+
+
+def test_a_subject_that_is_no_uuid_stands_for_the_same_user_each_time():
+    first, second = (identity_of(bearer("auth0|5f7c8ec7", jti=jti)) for jti in "ab")
+
+    assert first.user_id == second.user_id != identity_of(bearer("auth0|5f7c8ec8")).user_id
+
+
+def test_plain_headers_say_nothing_here():
+    assert identity_of({"X-User-Id": ADA}) is None
+
+
+def bad_tokens():
+    good = token(ADA)
+    head, claims, signature = good.split(".")
+    now = int(time.time())
+    return {
+        "nothing": "",
+        "a word": "token",
+        "two parts": f"{head}.{claims}",
+        "four parts": f"{good}.{signature}",
+        "no signature": f"{head}.{claims}.",
+        "another signature": token(ADA, key=private_key(1)),
+        "a changed claim": f"{head}.{encoded({'sub': ADA})}.{signature}",
+        "alg=none": without_algorithm(ADA)["Authorization"][7:],
+        "a swapped algorithm": swapped_algorithm(ADA)["Authorization"][7:],
+        "an algorithm not on the list": token(ADA, algorithm="RS512"),
+        "a wrong audience": token(ADA, aud="another shop"),
+        "a wrong issuer": token(ADA, iss="https://evil.example/"),
+        "expired": token(ADA, exp=now - 60),
+        "not yet valid": token(ADA, nbf=now + 600),
+        "without exp": token(ADA, exp=None),
+        "without aud": token(ADA, aud=None),
+        "without iss": token(ADA, iss=None),
+        "without sub": token(ADA, sub=None),
+        "a number as a subject": jwt.encode(
+            {"sub": 5, "aud": AUDIENCE, "iss": ISSUER, "exp": now + 60}, private_key(), "RS256"
+        ),
+        "the nil UUID": token("00000000-0000-0000-0000-000000000000"),
+        "exp as a word": token(ADA, exp="soon"),
+        "exp beyond all time": token(ADA, exp=10**400),
+        "exp as infinity": token(ADA, exp=float("inf")),
+        "a critical header": jwt.encode(
+            {"sub": ADA, "aud": AUDIENCE, "iss": ISSUER, "exp": now + 60},
+            private_key(),
+            "RS256",
+            headers={"crit": ["exp"]},
+        ),
+        "no JSON": f"{base64url(b'{')}.{claims}.{signature}",
+        "deep JSON": f"{base64url(b'[' * 5000)}.{claims}.{signature}",
+        "no ASCII": f"{head}.{claims}.ü",
+        "9 kB": "a" * 9000,
+    }
+
+
+@pytest.mark.parametrize("name", bad_tokens().keys())
+def test_refuses_a_bad_token(name):
+    for _ in range(2):  # nothing bad is remembered as good
+        with pytest.raises(InvalidIdentity):
+            identity_of({"Authorization": f"Bearer {bad_tokens()[name]}"})
+
+
+@pytest.mark.parametrize("header", ["", "Basic YWRtaW46YWRtaW4=", "Bearer", f"Token {ADA}"])
+def test_refuses_another_scheme(header):
+    with pytest.raises(InvalidIdentity):
+        identity_of({"Authorization": header})
+
+
+def test_a_remembered_token_ends_on_time(monkeypatch):
+    headers = bearer(ADA, exp=int(time.time()) + 30)
+    assert identity_of(headers)
+    ends = time.time() + 30 + tokens.LEEWAY_SECONDS + 1
+    monkeypatch.setattr(tokens.time, "time", lambda: ends)
+
+    with pytest.raises(InvalidIdentity, match="expired"):
+        identity_of(headers)
+
+
+def test_remembers_no_more_tokens_than_it_may(monkeypatch):
+    monkeypatch.setattr(tokens, "MAX_REMEMBERED", 5)
+
+    for number in range(12):
+        identity_of(bearer(ADA, jti=str(number)))
+
+    assert len(tokens._verified) <= 5
+
+
+def jwks(*numbers):
+    algorithm = jwt.algorithms.RSAAlgorithm
+    keys = [
+        algorithm.to_jwk(private_key(number).public_key(), as_dict=True)
+        | {"kid": f"key-{number}", "alg": "RS256", "use": "sig"}
+        for number in numbers
+    ]
+    return json.dumps({"keys": keys})
+
+
+def signed_by(number, kid=None):
+    claims = {"sub": ADA, "aud": AUDIENCE, "iss": ISSUER, "exp": int(time.time()) + 60}
+    headers = {"kid": kid} if kid else None
+    token = jwt.encode(claims, private_key(number), "RS256", headers=headers)
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_chooses_a_key_of_the_file_and_hears_of_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "FILE_SECONDS", 0)
+    file = tmp_path / "jwks.json"
+    file.write_text(jwks(0, 1))
+    with identity_mode("jwt", JWT_KEY="", JWT_JWKS_FILE=str(file)):
+        old = signed_by(0, "key-0")
+        assert identity_of(old)
+        assert identity_of(signed_by(1, "key-1"))
+        for wrong in (signed_by(0, "key-1"), signed_by(0, "key-7"), signed_by(0)):
+            with pytest.raises(InvalidIdentity):
+                identity_of(wrong)
+
+        file.write_text("{ half")
+        assert identity_of(old)
+
+        (tmp_path / "new.json").write_text(jwks(1))
+        (tmp_path / "new.json").replace(file)
+        assert identity_of(signed_by(1))
+        with pytest.raises(InvalidIdentity):
+            identity_of(old)
+
+
+def test_a_verified_stranger_becomes_a_user(client_of, db):
+    response = client_of().get("/api/me", headers=bearer(ADA, name="Ada"))
+
+    assert response.json() == {"id": ADA, "username": "Ada"}
+    assert User.objects.get().pk == uuid.UUID(ADA)
+
+
+def test_asks_for_a_bearer_token(client_of, db):
+    response = client_of().get("/api/me")
+
+    assert (response.status_code, response["WWW-Authenticate"]) == (401, "Bearer")
+    assert public_pem() not in response.text

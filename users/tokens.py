@@ -1,0 +1,151 @@
+"""Verify bearer tokens (JWT) of one's own identity provider."""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jwt
+from django.conf import settings
+from jwt import PyJWKSet, PyJWTError
+
+from users.exceptions import InvalidIdentity
+
+logger = logging.getLogger(__name__)
+
+REQUIRED = ["exp", "aud", "iss", "sub"]
+MAX_TOKEN_LENGTH = 8192
+# What the clocks of the provider and of this machine may differ by.
+LEEWAY_SECONDS = 5
+MAX_REMEMBERED = 50_000
+# How soon a key that was added to the file is known.
+FILE_SECONDS = 10.0
+
+# Who a token stands for, and until when, by its digest: a verification costs as much as the
+# rest of a hot request.
+_verified: dict[bytes, tuple[uuid.UUID, str | None, float]] = {}
+
+
+def verify(token: str) -> tuple[uuid.UUID, str | None]:
+    """Return the user id and the name that ``token`` vouches for.
+
+    Raises:
+        InvalidIdentity: it is no valid token for this service at this time.
+    """
+    if not token.isascii() or len(token) > MAX_TOKEN_LENGTH:
+        raise InvalidIdentity("The token can't be read.")
+    if settings.JWT_JWKS_FILE:
+        # First, because a key that was taken away takes its remembered tokens with it.
+        key_file.refresh()
+    digest = hashlib.sha256(token.encode()).digest()
+    known = _verified.get(digest)
+    if known is None:
+        claims = read_claims(token)
+        known = user_id_of(claims), name_of(claims), claims["exp"] + LEEWAY_SECONDS
+        if len(_verified) >= MAX_REMEMBERED:
+            _verified.clear()
+        _verified[digest] = known
+    user_id, name, until = known
+    if time.time() >= until:
+        _verified.pop(digest, None)
+        raise InvalidIdentity("The token is not valid: Signature has expired.")
+    return user_id, name
+
+
+def forget_verified() -> None:
+    """Verify every token anew: the keys, or what is asked of tokens, have changed."""
+    _verified.clear()
+
+
+def read_claims(token: str) -> dict[str, Any]:
+    try:
+        claims = jwt.decode(
+            token,
+            key_for(token),
+            # The list is ours: a token that names another algorithm, or none, is refused.
+            algorithms=settings.JWT_ALGORITHMS,
+            audience=settings.JWT_AUDIENCE,
+            issuer=settings.JWT_ISSUER,
+            leeway=LEEWAY_SECONDS,
+            options={"require": REQUIRED},
+        )
+        return claims | {"exp": float(claims["exp"])}
+    except PyJWTError as exc:
+        raise InvalidIdentity(f"The token is not valid: {exc}") from None
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        # Odd JSON, numbers that are no times, a key that is not in the file.
+        raise InvalidIdentity("The token can't be read.") from None
+
+
+def key_for(token: str) -> Any:
+    """Return the key that must have signed ``token``.
+
+    Raises:
+        PyJWTError: the token names no key of the JWKS file.
+    """
+    if settings.JWT_KEY:
+        return settings.JWT_KEY
+    key_id = jwt.get_unverified_header(token).get("kid")
+    keys = key_file.keys
+    if key_id is None and len(keys.keys) == 1:
+        return keys.keys[0]
+    return keys[str(key_id)]
+
+
+def user_id_of(claims: dict[str, Any]) -> uuid.UUID:
+    """Return ``sub``, or where the provider's ids are no UUIDs, one that stands for it."""
+    subject = claims["sub"]
+    try:
+        user_id = uuid.UUID(subject)
+    except ValueError:
+        return uuid.uuid5(uuid.NAMESPACE_URL, f"{claims['iss']}\n{subject}")
+    if not user_id.int:
+        raise InvalidIdentity("The token is not valid: its sub is the nil UUID.")
+    return user_id
+
+
+def name_of(claims: dict[str, Any]) -> str | None:
+    names = (claims.get(claim) for claim in ("name", "preferred_username"))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+class KeyFile:
+    """The provider's public keys, read again when the file changes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._source: tuple[str, int, int] | None = None
+        self._next_look = float("-inf")
+        self.keys: PyJWKSet
+
+    def refresh(self) -> None:
+        """Look at the file, unless that was done a moment ago.
+
+        Raises:
+            OSError, ValueError, PyJWTError: it can't be used, and never could.
+        """
+        path = settings.JWT_JWKS_FILE
+        if self._source and self._source[0] == path and time.monotonic() < self._next_look:
+            return
+        with self._lock:
+            self._next_look = time.monotonic() + FILE_SECONDS
+            try:
+                status = os.stat(path)
+                source = (path, status.st_mtime_ns, status.st_ino)
+                if source != self._source:
+                    self.keys = PyJWKSet.from_dict(json.loads(Path(path).read_text()))
+                    self._source = source
+                    forget_verified()
+            except (OSError, ValueError, PyJWTError):
+                if not self._source or self._source[0] != path:
+                    raise
+                # Half written, perhaps. The old keys go on until it can be read.
+                logger.exception("JWT_JWKS_FILE can't be read")
+
+
+key_file = KeyFile()
