@@ -179,6 +179,7 @@ class TicketView(APIView):
             },
             *IDENTIFIED,
             *IDEMPOTENT,
+            "validation_error",
         ),
     )
     @idempotent
