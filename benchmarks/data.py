@@ -58,15 +58,26 @@ SELL = f"""
     WHERE id = %(drop)s
 """  # noqa: S608 - the constant above
 
+# The log knows nothing of these rows: let it begin with the stock that they leave.
+BEGIN_LOG = """
+    UPDATE realtime_event
+    SET type = 'DROP_UPDATED',
+        data = jsonb_set(data, '{drop,available_stock}', to_jsonb(d.available_stock))
+    FROM drops_drop d
+    WHERE d.id = %(drop)s AND drop_id = d.id AND realtime_event.seq = 1
+"""
+
 
 def hold(stack: Stack, hot: Hot, first_user: int, count: int, ends: float) -> None:
     """Let ``count`` users hold a unit each, all until ``ends`` (Unix time)."""
     stack.execute(HOLD, **_users(hot, first_user, count), ends=ends)
+    stack.execute(BEGIN_LOG, drop=hot.drop_id)
 
 
 def sell(stack: Stack, hot: Hot, first_user: int, count: int) -> None:
     """Let ``count`` users have purchased a unit each."""
     stack.execute(SELL, **_users(hot, first_user, count))
+    stack.execute(BEGIN_LOG, drop=hot.drop_id)
 
 
 def _users(hot: Hot, first: int, count: int) -> dict[str, object]:

@@ -94,6 +94,8 @@ DROP_CREATORS = env.choice("DROP_CREATORS", "authenticated", ("authenticated", "
 # Over all drops; 0: any number. Costs a lock per user and batch (docs/adr/0011).
 MAX_ACTIVE_HOLDS = env.integer("MAX_ACTIVE_HOLDS", 0, minimum=0, maximum=10_000)
 IDEMPOTENCY_KEY_HOURS = 24
+# What ``audit_stock`` does with a drop whose numbers differ: pause it, or only tell.
+PAUSE_DRIFTING_DROPS = env.boolean("PAUSE_DRIFTING_DROPS", False)
 # Serve reserve, purchase and the drop reads in front of Django; off: by the viewsets alone.
 HOT_ROUTES = env.boolean("HOT_ROUTES", True)
 
@@ -157,6 +159,9 @@ DATABASES = {
                 "min_size": 1,
                 "max_size": env.integer("DATABASE_POOL_SIZE", 12, minimum=1, maximum=200),
                 "timeout": 3,
+                # Then the next request makes a new attempt at once. Otherwise the pool waits
+                # twice as long after each failure: after an outage of 20 s for another 11.
+                "reconnect_timeout": 2,
             },
             "connect_timeout": 3,
             # Lets PostgreSQL keep the plans of the busy statements, and sends arrays as they
@@ -359,6 +364,9 @@ if SECURE_SSL_REDIRECT:
     CSRF_TRUSTED_ORIGINS = [f"https://{host}" for host in ALLOWED_HOSTS if host != "*"]
 
 # --- Pages and files --------------------------------------------------------------------
+
+# Where a visitor of the shop signs in, where that is not the shop's own matter.
+SIGN_IN_URL = env.text("SIGN_IN_URL", "")
 
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"

@@ -14,6 +14,7 @@ from drf_spectacular.views import (
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
+from purchases.admin import audit_page
 from realtime.asyncapi import asyncapi_json, asyncapi_page
 
 
@@ -66,6 +67,7 @@ urlpatterns = [
     # Otherwise APPEND_SLASH redirects, which in DEBUG fails for a POST.
     path("api", no_such_address),
     path("admin", RedirectView.as_view(url="/admin/")),
+    path("admin/audit/", audit_page, name="audit"),
     path("admin/", admin.site.urls),
     path("healthz", healthz),
     path("", include("storefront.urls")),

@@ -11,6 +11,7 @@ from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
 from realtime.consumers import DropConsumer
+from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
 
 PULSE_SECONDS = 2.0
@@ -49,6 +50,7 @@ class ControlConsumer(AsyncWebsocketConsumer):
 
 async def pulse_frame() -> str:
     overdue = await database_sync_to_async(seconds_overdue)()
+    sockets = await count_sockets()
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    data = {"oldestOverdueSeconds": round(overdue, 1), "sockets": 0}
+    data = {"oldestOverdueSeconds": round(overdue, 1), "sockets": sockets}
     return json.dumps({"type": "PULSE", "ts": now, "data": data})

@@ -80,7 +80,13 @@ UNFOLD = {
                         "title": "Control room",
                         "icon": "monitor_heart",
                         "link": reverse_lazy("admin:index"),
-                    }
+                    },
+                    {
+                        "title": "Stock audit",
+                        "icon": "fact_check",
+                        "link": reverse_lazy("audit"),
+                        "permission": partial(may_view, "drops.drop"),
+                    },
                 ]
             },
             admin_section(

@@ -1,5 +1,8 @@
 from django import forms
 from django.contrib import admin
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
 from django.utils.safestring import SafeString
 from import_export.fields import Field
 from unfold.decorators import display
@@ -10,6 +13,7 @@ from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, link, list_
 from control.exports import CsvResource, ExportAdmin
 from drops.currencies import format_amount
 from drops.models import Drop, DropStatus
+from purchases.audit import audit_stock
 from purchases.models import Purchase, PurchaseStatus
 from purchases.services import refund_all, refund_purchase
 
@@ -189,3 +193,12 @@ class PurchaseAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
     @display(description="of this drop")
     def of_drop(self, purchase: Purchase) -> SafeString:
         return list_link("purchases.purchase", "Purchases", drop__id__exact=purchase.drop_id)
+
+
+@admin.site.admin_view
+def audit_page(request: HttpRequest) -> HttpResponse:
+    """Show what ``manage.py audit_stock`` would find at this moment."""
+    if not request.user.has_perm("drops.view_drop"):
+        raise PermissionDenied
+    context = admin.site.each_context(request) | {"title": "Stock audit", "audit": audit_stock()}
+    return TemplateResponse(request, "purchases/audit.html", context)

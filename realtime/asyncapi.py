@@ -91,13 +91,15 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
         {"drop": DROP | {"seq": 5}},
     ),
     EventType.STOCK_UPDATED: (
-        "Units were held, returned or adjusted, or the last held one was sold. It carries the "
-        "stock itself, so the newest one says it all: under load those between are left out.",
+        "Units were held, returned, adjusted or refunded, or the last held one was sold. It "
+        "carries the stock itself, so the newest one says it all: under load those between are "
+        "left out.",
         record(
             {
                 "dropId": UUID,
                 "availableStock": INTEGER,
                 "availability": {"type": "string", "enum": Availability.values},
+                "soldStock": INTEGER,
                 "variants": array(record({"id": UUID, "availableStock": INTEGER})),
             }
         ),
@@ -105,21 +107,23 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
             "dropId": DROP["id"],
             "availableStock": 497,
             "availability": "available",
+            "soldStock": 2,
             "variants": [{"id": DROP["variants"][0]["id"], "availableStock": 497}],
         },
     ),
     EventType.RESERVATION_EXPIRED: (
-        "A hold ran out. A STOCK_UPDATED follows.",
+        "A hold ran out, or staff voided it. A STOCK_UPDATED follows.",
         record({"dropId": UUID, "reservationId": UUID}),
         {"dropId": DROP["id"], "reservationId": "0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11"},
     ),
     EventType.PURCHASE_COMPLETED: (
         "A hold was purchased.",
-        record({"dropId": UUID, "username": TEXT, "purchasedAt": INSTANT}),
+        record({"dropId": UUID, "username": TEXT, "purchasedAt": INSTANT, "qty": INTEGER}),
         {
             "dropId": DROP["id"],
             "username": "demo",
             "purchasedAt": "2026-11-22T18:00:03.120000Z",
+            "qty": 1,
         },
     ),
     EventType.ACTIVITY_UPDATED: (
@@ -130,6 +134,7 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
                 "latestPurchasers": array(
                     record({"userId": UUID, "username": TEXT, "qty": INTEGER, "createdAt": INSTANT})
                 ),
+                "soldStock": INTEGER,
             }
         ),
         {
@@ -142,6 +147,7 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
                     "createdAt": "2026-11-22T18:00:03.120000Z",
                 }
             ],
+            "soldStock": 3,
         },
     ),
 }

@@ -346,7 +346,7 @@ class DropConsumer(Consumer):
     async def _flushed(self) -> None:
         """Return once the client has taken what there was for it, or is gone."""
         self._flush()
-        while self.blocked is not None and not self.is_over:
+        while self.blocked is not None and not self.blocked.done() and not self.is_over:
             await asyncio.wait([self.blocked])
 
     def _end(self, code: int, reason: str) -> None:

@@ -20,7 +20,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
-from realtime import log
+from realtime import log, presence
 from realtime.conflation import Waiting
 from realtime.frames import (
     EventFrame,
@@ -171,6 +171,7 @@ class Hub:
                 self._send_forever(),
                 self._beat(),
                 self.private.tell_forever(),
+                presence.report_forever(),
             )
         ]
 

@@ -17,6 +17,10 @@ class OpenConnections:
         self._by_address: Counter[str] = Counter()
 
     @property
+    def total(self) -> int:
+        return self._total
+
+    @property
     def is_full(self) -> bool:
         return self._total >= settings.SOCKETS_PER_PROCESS
 

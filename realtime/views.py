@@ -71,6 +71,14 @@ EXAMPLE = OpenApiExample(
 )
 
 
+STREAM_EXAMPLE = OpenApiExample(
+    "The newest event",
+    'id: 5\nevent: STOCK_UPDATED\ndata: {"type":"STOCK_UPDATED","seq":5,"prev":4, ...}\n\n',
+    response_only=True,
+    media_type="text/event-stream",
+)
+
+
 class EventsView(APIView):
     """A drop's event log, page by page; as a stream it is served by ``realtime.asgi``."""
 
@@ -96,7 +104,7 @@ class EventsView(APIView):
                 description="As `after`; browsers send it by themselves. Streams only.",
             ),
         ],
-        examples=[EXAMPLE],
+        examples=[EXAMPLE, STREAM_EXAMPLE],
         responses=answers(
             {
                 (200, "application/json"): EventPageSerializer,

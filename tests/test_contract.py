@@ -28,6 +28,7 @@ CODES = {
     "not_found": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,
+    "events_gone": 410,
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "sold_out": 409,
@@ -213,6 +214,11 @@ def idempotency_in_progress(api):
         return api(user, HTTP_IDEMPOTENCY_KEY="order-1").post("/api/drops", NEW_DROP)
 
 
+def events_gone(api):
+    # Five events, of which the log remembers none.
+    return api().get(f"/api/drops/{DropFactory(seq=5).pk}/events?after=1")
+
+
 def busy(api):
     drop = DropFactory()
     with another_session() as session, lock_timeout(50):
@@ -232,6 +238,7 @@ def unavailable(api):
 
 REFUSALS = [
     *(malformed_body, validation_error, identity_required, invalid_identity, unknown_user),
+    events_gone,
     *(permission_denied, not_found, method_not_allowed, not_acceptable, unsupported_media_type),
     *(sold_out, fully_reserved, drop_not_started, drop_ended, drop_paused, drop_cancelled),
     *(drop_not_published, variant_required, limit_exceeded, already_reserved),
@@ -498,6 +505,8 @@ CALLS = {
     ("get", "/api/purchases/{id}"),
     ("get", "/api/me"),
     ("post", "/api/internal/expire-now"),
+    ("get", "/api/drops/{drop_id}/events"),
+    ("post", "/api/ws-ticket"),
 }
 
 

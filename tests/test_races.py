@@ -32,6 +32,7 @@ from reservations.exceptions import (
 )
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, expire_due, release, reserve, reserve_many
+from reservations.tests.factories import ReservationFactory
 from tests.concurrency import another_session, at_once, blocked
 from tests.unguarded import (
     STOCK_CONSTRAINTS,
@@ -252,6 +253,22 @@ def test_without_the_guard_a_purchase_begun_in_time_is_also_expired(unguarded):
     drop, _ = expire_and_purchase_at_the_deadline()
 
     assert stock_of(drop) == (1, 0, 1)
+
+
+def test_a_purchase_that_waited_past_the_deadline_comes_too_late():
+    hold = ReservationFactory()
+    outcomes: list[Any] = []
+
+    with another_session() as other:
+        other.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [hold.drop_id])
+        buy = partial(purchase, hold.drop_id, hold.user_id)
+        with blocked(lambda: outcomes.append(outcome_of(buy))):
+            # The purchase began in time; the deadline passes while it waits for the lock.
+            Reservation.objects.update(expires_at=read_clock())
+            other.execute("ROLLBACK")
+
+    assert [type(outcome) for outcome in outcomes] == [ReservationExpired]
+    assert stock_of(hold.drop) == (9, 1, 0)
 
 
 def test_around_the_deadline_a_hold_is_either_expired_or_purchased():

@@ -1,4 +1,5 @@
 import json
+from contextlib import ExitStack
 
 import pytest
 from django.test import Client
@@ -34,6 +35,17 @@ def test_the_pulse_tells_staff_what_no_event_does(follow_pulse):
     assert frame["type"] == "PULSE"
     assert frame["data"].keys() == {"oldestOverdueSeconds", "sockets"}
     assert 59 < frame["data"]["oldestOverdueSeconds"] < 600
+
+
+def test_the_sockets_of_all_processes_are_counted_together(web_servers, follow_pulse):
+    with ExitStack() as stack:
+        for server in web_servers:
+            for _ in range(2):
+                watcher = stack.enter_context(connect(f"{server.ws_url}/ws/drops"))
+                assert json.loads(watcher.recv(timeout=20))["type"] == "SNAPSHOT"
+        pulse = stack.enter_context(follow_pulse(UserFactory(is_staff=True, is_superuser=True)))
+        while json.loads(pulse.recv(timeout=20))["data"]["sockets"] != 4:
+            pass
 
 
 def test_the_pulse_is_for_staff_who_may_view_drops(follow_pulse):

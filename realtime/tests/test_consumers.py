@@ -22,8 +22,8 @@ from realtime.models import Event, SocketTicket
 from realtime.tests.sockets import Socket, in_loop
 from realtime.tests.test_hub import AT, SOME_ID, STOCK, drop_with_events, message
 from realtime.tickets import issue_ticket, use_ticket
-from reservations.models import Reservation, ReservationStatus
-from reservations.services import Claim, _end_hold, expire_all_due, release, reserve
+from reservations.models import Reservation
+from reservations.services import Claim, expire_all_due, release, reserve, void_reservation
 from tests.concurrency import at_once
 from users.tests.factories import UserFactory
 
@@ -488,7 +488,7 @@ def test_a_user_is_told_what_becomes_of_the_own_holds_and_nobody_else():
             (lambda: release(released.pk, user), "HOLD_RELEASED", released),
             (lambda: expire(expired), "HOLD_EXPIRED", expired),
             (lambda: purchase(third.pk, user.pk), "PURCHASE_CONFIRMED", bought),
-            (lambda: _end_hold(voided.pk, ReservationStatus.VOIDED), "HOLD_RELEASED", voided),
+            (lambda: void_reservation(voided.pk), "HOLD_RELEASED", voided),
         ]:
             await sync_to_async(happen)()
             frame = await private(mine)

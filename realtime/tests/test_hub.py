@@ -406,7 +406,7 @@ def test_a_start_that_fails_can_be_repeated(monkeypatch):
             outcomes = await asyncio.gather(hub.start(), hub.start(), return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [DatabaseError] * 2
         await hub.start()
-        assert len(hub._tasks) == 5
+        assert len(hub._tasks) == 6
 
     asyncio.run(scenario())
 

@@ -730,8 +730,9 @@ def test_expires_what_is_overdue_and_nothing_else(db):
     overdue = ReservationFactory(drop=drop, variant=small, overdue=True, quantity=2)
     others = [
         ReservationFactory(drop=drop, variant=large),
-        ReservationFactory(drop=drop, consumed=True),
-        ReservationFactory(drop=drop, released=True),
+        # Their time is up as well, but that no longer matters.
+        ReservationFactory(drop=drop, overdue=True, consumed=True),
+        ReservationFactory(drop=drop, overdue=True, released=True),
     ]
 
     (swept,) = expire_due()

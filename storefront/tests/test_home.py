@@ -8,7 +8,7 @@ def test_shows_live_and_upcoming_drops_with_their_stock(db, client):
 
     page = client.get("/").content.decode()
 
-    assert "7 of 7 left" in page
+    assert "<b data-left>7</b> of <span data-total>7</span> left" in page
     assert "EU 42" in page
     assert "Soon" in page
     assert "Hidden" not in page

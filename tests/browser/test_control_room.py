@@ -42,16 +42,20 @@ def do(page, title, reason, **fields):
 
 def test_staff_pause_a_drop_and_the_shop_knows(open_page, site, clerk):
     drop = DropFactory(name="Tidewalker")
+    shopper = open_page(f"/drops/{drop.pk}")
+    expect(shopper.locator("#badge")).to_have_text("Live")
     page = open_page(f"/admin/drops/drop/{drop.pk}/change/", clerk)
 
     do(page, "Pause", "A size is missing")
 
     expect(page.get_by_text("Paused.")).to_be_visible()
+    expect(shopper.locator("#headline")).to_have_text("Paused for the moment")
     answer = httpx.get(f"{site.url}/api/drops/{drop.pk}").json()
     assert answer["status"] == "paused"
     assert drop.events.get().type == "DROP_UPDATED"
     do(page, "Resume", "Found it")
     expect(page.get_by_text("Resumed.")).to_be_visible()
+    expect(shopper.get_by_role("button", name="Reserve")).to_be_enabled()
     assert drop.events.count() == 2
     assert Drop.objects.get().status == "live"
 

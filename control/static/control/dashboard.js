@@ -137,7 +137,7 @@ function followPulse() {
   socket.onmessage = ({ data }) => {
     const { data: pulse } = JSON.parse(data);
     showOverdue(pulse.oldestOverdueSeconds);
-    element("tile-sockets").textContent = pulse.sockets.toLocaleString("en");
+    element("tile-sockets").textContent = pulse.sockets?.toLocaleString("en") ?? "–";
   };
   socket.onclose = () => {
     element("tile-sockets").textContent = "–";

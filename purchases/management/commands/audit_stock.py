@@ -3,17 +3,19 @@ import sys
 import uuid
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from rich.console import Console
 from rich.table import Table
 
-from purchases.audit import Audit, audit_stock
+from purchases.audit import Audit, audit_stock, pause_drifting
 
 
 class Command(BaseCommand):
     help = (
         "Recompute every stock from its reservations and purchases. "
-        "Exits with 1, and a table, when anything differs."
+        "Exits with 1, and a table, when anything differs; pauses the drops in question where "
+        "PAUSE_DRIFTING_DROPS is set."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -24,18 +26,22 @@ class Command(BaseCommand):
         audit = audit_stock(drop)
         if drop is not None and not audit.drops:
             raise CommandError(f"There is no drop {drop}.")
+        paused = pause_drifting(audit) if settings.PAUSE_DRIFTING_DROPS else []
         if options["json"]:
             self.stdout.write(
                 json.dumps(
                     {
                         "drops": audit.drops,
                         "differences": [d.as_json() for d in audit.differences],
+                        "paused": [str(drop.pk) for drop in paused],
                     },
                     indent=2,
                 )
             )
         elif audit.differences:
             self.print_table(audit)
+            for drifting in paused:
+                self.stdout.write(f"Paused: {drifting.name} ({drifting.pk})")
         else:
             self.stdout.write(f"{audit.drops} drops audited: every unit is accounted for.")
         if audit.differences:

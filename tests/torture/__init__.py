@@ -1,0 +1,1 @@
+"""Proof under faults: ``python -m tests.torture``; see docs/guarantees.md."""
