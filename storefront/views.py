@@ -112,6 +112,8 @@ def read_uuid(text: str) -> uuid.UUID | None:
 
 
 def find_published(pk: uuid.UUID | None) -> Drop | None:
+    if pk is None:
+        return None
     return Drop.objects.read_now().exclude(status=DropStatus.DRAFT).filter(pk=pk).first()
 
 
