@@ -30,6 +30,8 @@ CODES = {
     "not_acceptable": 406,
     "events_gone": 410,
     "body_too_large": 413,
+    "address_too_long": 414,
+    "headers_too_large": 431,
     "unsupported_media_type": 415,
     "sold_out": 409,
     "fully_reserved": 409,
@@ -40,6 +42,7 @@ CODES = {
     "drop_not_published": 409,
     "variant_required": 409,
     "limit_exceeded": 409,
+    "cooldown": 409,
     "already_reserved": 409,
     "reservation_required": 409,
     "reservation_expired": 409,
@@ -62,6 +65,7 @@ MORE_MEMBERS = {
 DROP = {
     *("id", "name", "description", "image_url", "price", "currency", "total_stock"),
     *("available_stock", "availability", "starts_at", "ends_at", "status", "max_per_user"),
+    *("hold_cooldown_seconds", "max_expired_holds"),
     *("variants", "seq", "created_at", "activity_feed"),
 }
 VARIANT = {"id", "label", "total_stock", "available_stock"}
@@ -219,6 +223,11 @@ def events_gone(api):
     return api().get(f"/api/drops/{DropFactory(seq=5).pk}/events?after=1")
 
 
+def cooldown(api):
+    drop = DropFactory(max_expired_holds=1, hold_cooldown_seconds=300)
+    return reserve(api, drop, ReservationFactory(drop=drop, expired=True).user)
+
+
 def busy(api):
     drop = DropFactory()
     with another_session() as session, lock_timeout(50):
@@ -243,6 +252,7 @@ REFUSALS = [
     *(sold_out, fully_reserved, drop_not_started, drop_ended, drop_paused, drop_cancelled),
     *(drop_not_published, variant_required, limit_exceeded, already_reserved),
     *(reservation_required, reservation_expired, reservation_not_active, idempotency_key_reused),
+    cooldown,
 ]
 REFUSALS_BETWEEN_SESSIONS = [idempotency_in_progress, busy, unavailable]
 
@@ -303,7 +313,9 @@ def test_answers_a_large_body_as_a_problem(given):
 def test_every_code_of_the_contract_is_tried():
     tried = {refused.__name__ for refused in REFUSALS + REFUSALS_BETWEEN_SESSIONS}
 
-    assert CODES.keys() - tried == {"body_too_large", "rate_limited"}
+    # What is refused before a view is asked: config/tests/test_hardening.py, tests/test_wire.py.
+    before = {"body_too_large", "address_too_long", "headers_too_large", "rate_limited"}
+    assert CODES.keys() - tried == before
 
 
 UNKNOWN = ["/api", "/api/", "/api/nothing", "/api/drops/x/y/z", "/api//drops", "/api/v1/drops"]

@@ -224,7 +224,8 @@ def test_who_never_reads_is_cut_off_and_costs_little_memory(session_web_servers,
             assert time.monotonic() < give_up_at
             time.sleep(0.1)
 
-    assert max(grown) < 20
+    # Unbounded it would be a hundred; the rest is what else a process does in the meantime.
+    assert max(grown) < 60
 
 
 HANDSHAKE = (
