@@ -81,6 +81,10 @@ class Lane:
     started_at: float | None = None
 
     def expected_wait_seconds(self) -> float:
+        if self.task is None:
+            # It goes out at once, however long the last batch took. Were it refused, nothing
+            # would ever show that the database is well again.
+            return 0.0
         # A batch may be stuck; that it has been so far says how long it may still be.
         elapsed = 0.0 if self.started_at is None else time.monotonic() - self.started_at
         return elapsed + (len(self.queue) / MAX_BATCH + 1) * self.batch_seconds

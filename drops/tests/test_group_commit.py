@@ -421,6 +421,21 @@ def test_who_comes_to_a_batch_that_is_stuck_is_refused_at_once(group, clock):
     assert settle.batches == [["stuck"], ["in time"]]
 
 
+def test_after_a_batch_that_was_stuck_for_long_the_next_request_is_taken(group, clock):
+    settle = Answering(is_open=False)
+
+    async def scene():
+        tasks = await submit_all(group, settle, ["stuck"])
+        await settle.is_entered()
+        # A minute weighs 12 s in the running mean, far more than anybody would wait.
+        clock.now += 60
+        settle.open()
+        await asyncio.gather(*tasks)
+        return await group.submit(DROP, settle, "next")
+
+    assert play(scene) == "next!"
+
+
 # --- With a database --------------------------------------------------------------------
 
 

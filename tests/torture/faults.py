@@ -14,7 +14,7 @@ from tests.torture.processes import Child, Nursery
 from tests.torture.run import RECOVERY_SECONDS, Result, Run
 from tests.torture.sale import Sale
 from tests.torture.screens import Screens
-from tests.torture.stack import wait_for
+from tests.torture.stack import LIMITED, wait_for
 
 CUSTOMERS = 200
 WARM_UP_SECONDS = 1.0
@@ -133,7 +133,7 @@ def database(run: Run) -> None:
 
 def redis(run: Run) -> None:
     """Let Redis fail in every way; the sale must not notice."""
-    with web_servers(REDIS_URL=run.stack.cable.url) as servers:
+    with web_servers(REDIS_URL=run.stack.cable.url, **LIMITED) as servers:
         ports = [server.port for server in servers]
         faults: list[tuple[str, str, Callable[[], AbstractContextManager[None]]]] = [
             ("Redis killed", "kill -9, and gone for a while.", run.stack.redis_killed),
