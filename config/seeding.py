@@ -554,7 +554,7 @@ class DropHistory(LockedDrop):
     def end_hold(self, reservation: Reservation, status: ReservationStatus, at: datetime) -> None:
         reservation.status = status
         self.move(reservation.variant, available=reservation.quantity)
-        if status != ReservationStatus.RELEASED:
+        if status == ReservationStatus.EXPIRED:
             self.record(
                 EventType.RESERVATION_EXPIRED,
                 {"dropId": str(self.drop.pk), "reservationId": str(reservation.pk)},

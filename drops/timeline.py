@@ -33,7 +33,7 @@ def describe(event: Event) -> str:
         case EventType.PURCHASE_COMPLETED:
             return f"{data['username']} purchased"
         case EventType.RESERVATION_EXPIRED:
-            return "A hold ended without a purchase"
+            return "A hold ran out"
         case EventType.ACTIVITY_UPDATED:
             names = [entry["username"] for entry in data["latestPurchasers"]]
             return f"Latest: {', '.join(names)}" if names else "No purchases any more"

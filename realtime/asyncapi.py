@@ -112,7 +112,7 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
         },
     ),
     EventType.RESERVATION_EXPIRED: (
-        "A hold ran out, or staff voided it. A STOCK_UPDATED follows.",
+        "A hold ran out. A STOCK_UPDATED follows.",
         record({"dropId": UUID, "reservationId": UUID}),
         {"dropId": DROP["id"], "reservationId": "0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11"},
     ),

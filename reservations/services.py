@@ -438,9 +438,7 @@ def release(reservation_id: uuid.UUID, user: User) -> Reservation:
 
 
 def void_reservation(reservation_id: uuid.UUID) -> Reservation:
-    """Take a hold back from its user: its units are available again.
-
-    The event is that of a hold that ran out: to whoever watches it, it is gone.
+    """Take a hold back from its user, who is told: its units are available again.
 
     Raises:
         Reservation.DoesNotExist: no such reservation.
@@ -504,19 +502,9 @@ def _end_hold(
     reservation.save(update_fields=["status"])
     reservation.drop = locked.drop
     locked.move(locked.variants[reservation.variant_id], available=reservation.quantity)
-    if status == ReservationStatus.VOIDED:
-        record_end(locked, reservation_id)
     locked.record_stock()
     locked.save(now)
     return reservation
-
-
-def record_end(locked: LockedDrop, reservation_id: uuid.UUID) -> None:
-    """Append that a hold is over, and not because its user wanted it to be."""
-    locked.record(
-        EventType.RESERVATION_EXPIRED,
-        {"dropId": str(locked.drop.pk), "reservationId": str(reservation_id)},
-    )
 
 
 def expire_overdue(
@@ -554,7 +542,10 @@ def expire_overdue(
     units: Counter[uuid.UUID] = Counter()
     for pk, variant_id, quantity in overdue:
         units[variant_id] += quantity
-        record_end(locked, pk)
+        locked.record(
+            EventType.RESERVATION_EXPIRED,
+            {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
+        )
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
     return ids

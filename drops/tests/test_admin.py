@@ -540,7 +540,6 @@ def test_every_kind_of_event_has_words(admin_client):
         "<ada> purchased",
         "Latest: <ada>",
         "8 available",
-        "A hold ended without a purchase",
         "9 available",
         "No purchases any more",
         "10 available",
