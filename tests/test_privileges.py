@@ -78,8 +78,12 @@ ROUTES = [
     Route("GET", "/api/asyncapi.json", PUBLIC, is_api=False),
     # What knows no API identity: staff sign in here with a password.
     Route("GET", "/admin/", (302,) * 5, is_api=False),
+    Route("GET", "/admin/audit/", (302,) * 5, is_api=False),
     Route("GET", "/healthz", PUBLIC, is_api=False),
     Route("GET", "/", PUBLIC, is_api=False),
+    Route("GET", "/drops/{drop}", PUBLIC, is_api=False),
+    Route("GET", "/drops/{drop}/", (301,) * 5, is_api=False),
+    Route("GET", "/drops/{drop}/holds", PUBLIC, is_api=False),
 ]
 SOCKETS = ["/ws/drops", "/ws/drops/{drop}"]
 SOCKET_IS_OPEN, SOCKET_IS_REFUSED = "open", 4401
@@ -331,6 +335,7 @@ def test_the_table_names_every_route():
         *("api/^asyncapi/?$", "api/^asyncapi\\.json/?$"),
         *("api/^schema/?$", "api/^docs/?$", "api/^redoc/?$", "api/", "api"),
         *("admin", "admin/", "admin/audit/", "healthz", ""),
+        *("drops/<str:drop_id>", "drops/<str:drop_id>/", "drops/<str:drop_id>/holds"),
     }
     assert settings.DEBUG is True
     assert addresses(get_resolver().url_patterns) == known
