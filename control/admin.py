@@ -29,7 +29,8 @@ class RowAdmin(ModelAdmin):
     """Rows that nobody ever deletes."""
 
     show_full_result_count = False
-    list_per_page = 50
+    # Drawing a row takes longer than reading it.
+    list_per_page = 30
 
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
@@ -165,6 +166,11 @@ def list_link(model: str, text: object, **filters: object) -> SafeString:
     """Return a link to the list of ``model`` ("app.model"), narrowed down by ``filters``."""
     url = reverse(f"admin:{model.replace('.', '_')}_changelist", query=filters)
     return format_html('<a class="control-link" href="{}">{}</a>', url, text)
+
+
+def badge(text: str, tone: str) -> SafeString:
+    """Return a status; ``tone`` is "good", "warning", "bad", "info" or "quiet"."""
+    return format_html('<span class="control-status" data-tone="{}">{}</span>', tone, text)
 
 
 @admin.register(LogEntry)

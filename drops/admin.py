@@ -24,7 +24,15 @@ from unfold.widgets import (
 
 from config.database import read_clock
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import CurrencyFilter, ReadOnlyAdmin, ServiceAdmin, ServiceForm, link, list_link
+from control.admin import (
+    CurrencyFilter,
+    ReadOnlyAdmin,
+    ServiceAdmin,
+    ServiceForm,
+    badge,
+    link,
+    list_link,
+)
 from control.dashboard import sell_through
 from control.exports import CsvResource, ExportAdmin
 from drops.exceptions import format_instant
@@ -38,11 +46,11 @@ WINDOW_AND_LIMITS = [
     *("starts_at", "ends_at", "max_per_user"),
     *("max_expired_holds", "hold_cooldown_seconds"),
 ]
-STATUS_LABELS = {
-    DropStatus.SCHEDULED.label: "info",
-    DropStatus.LIVE.label: "success",
-    DropStatus.PAUSED.label: "warning",
-    DropStatus.CANCELLED.label: "danger",
+TONES = {
+    DropStatus.SCHEDULED: "info",
+    DropStatus.LIVE: "good",
+    DropStatus.PAUSED: "warning",
+    DropStatus.CANCELLED: "bad",
 }
 
 
@@ -482,9 +490,10 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
             },
         )
 
-    @display(description="status", ordering="status", label=STATUS_LABELS)
-    def status_label(self, drop: Drop) -> str:
-        return status_now(drop).label
+    @display(description="status", ordering="status")
+    def status_label(self, drop: Drop) -> SafeString:
+        status = status_now(drop)
+        return badge(status.label, TONES.get(status, "quiet"))
 
     @display(ordering="available_stock")
     def availability(self, drop: Drop) -> str:

@@ -9,18 +9,13 @@ from unfold.decorators import display
 from unfold.widgets import UnfoldAdminRadioSelectWidget
 
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, link, list_link
+from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, badge, link, list_link
 from control.exports import CsvResource, ExportAdmin
 from drops.currencies import format_amount
 from drops.models import Drop, DropStatus
 from purchases.audit import audit_stock
 from purchases.models import Purchase, PurchaseStatus
 from purchases.services import refund_all, refund_purchase
-
-STATUS_LABELS = {
-    PurchaseStatus.PAID.label: "success",
-    PurchaseStatus.REFUNDED.label: "danger",
-}
 
 
 class RefundForm(StaffAction):
@@ -178,9 +173,10 @@ class PurchaseAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin):
     def paid(self, purchase: Purchase) -> str:
         return amount_of(purchase)
 
-    @display(description="status", ordering="status", label=STATUS_LABELS)
-    def status_label(self, purchase: Purchase) -> str:
-        return purchase.get_status_display()
+    @display(description="status", ordering="status")
+    def status_label(self, purchase: Purchase) -> SafeString:
+        is_paid = purchase.status == PurchaseStatus.PAID
+        return badge(purchase.get_status_display(), "good" if is_paid else "bad")
 
     @display(description="reservation")
     def reservation_link(self, purchase: Purchase) -> SafeString:

@@ -187,6 +187,7 @@ class TicketView(APIView):
             },
             *IDENTIFIED,
             *IDEMPOTENT,
+            "validation_error",
         ),
     )
     @idempotent

@@ -8,18 +8,18 @@ from import_export.fields import Field
 from unfold.decorators import display
 
 from control.actions import StaffAction, StaffActionsAdmin, staff_action
-from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, link, list_link
+from control.admin import ClaimAdmin, CurrencyFilter, ReadOnlyAdmin, badge, link, list_link
 from control.exports import CsvResource, ExportAdmin
 from drops.currencies import format_amount
 from drops.models import Drop, DropStatus
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import cancel_drop, void_reservation
 
-STATUS_LABELS = {
-    ReservationStatus.ACTIVE.label: "info",
-    ReservationStatus.CONSUMED.label: "success",
-    ReservationStatus.EXPIRED.label: "warning",
-    ReservationStatus.VOIDED.label: "danger",
+TONES = {
+    ReservationStatus.ACTIVE: "info",
+    ReservationStatus.CONSUMED: "good",
+    ReservationStatus.EXPIRED: "warning",
+    ReservationStatus.VOIDED: "bad",
 }
 
 
@@ -151,9 +151,10 @@ class ReservationAdmin(ClaimAdmin, ExportAdmin, StaffActionsAdmin, ReadOnlyAdmin
     def user_link(self, reservation: Reservation) -> SafeString:
         return link(reservation.user)
 
-    @display(description="status", ordering="status", label=STATUS_LABELS)
-    def status_label(self, reservation: Reservation) -> str:
-        return reservation.get_status_display()
+    @display(description="status", ordering="status")
+    def status_label(self, reservation: Reservation) -> SafeString:
+        status = ReservationStatus(reservation.status)
+        return badge(status.label, TONES.get(status, "quiet"))
 
     @display(description="price of one")
     def price(self, reservation: Reservation) -> str:

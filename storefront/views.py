@@ -112,6 +112,8 @@ def read_uuid(text: str) -> uuid.UUID | None:
 
 
 def find_published(pk: uuid.UUID | None) -> Drop | None:
+    if pk is None:
+        return None
     return Drop.objects.read_now().exclude(status=DropStatus.DRAFT).filter(pk=pk).first()
 
 
@@ -130,9 +132,10 @@ def for_page(drop: Drop) -> Any:
 
 
 def common() -> dict[str, Any]:
+    anybody_may_be_anybody = settings.DEBUG and settings.IDENTITY_MODE == "header"
     return {
         "words": all_words(),
         # In development anybody may be anybody; else whoever stands in front knows.
-        "identity": "development" if settings.DEBUG else "gateway",
+        "identity": "development" if anybody_may_be_anybody else "gateway",
         "sign_in_url": settings.SIGN_IN_URL,
     }

@@ -144,13 +144,13 @@ CONNECTION: dict[str, str] = {
 
 
 def all_words() -> dict[str, Any]:
-    words = {
-        "states": STATES,
+    """Return what the page's script needs."""
+    return {
+        "states": filled(STATES),
         "situations": SITUATIONS,
         "problems": PROBLEMS,
         "connection": CONNECTION,
     }
-    return {kind: {key: filled(words) for key, words in of.items()} for kind, of in words.items()}
 
 
 def filled(words: Any) -> Any:

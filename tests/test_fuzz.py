@@ -31,7 +31,7 @@ from tests.identities import bearer, identity_mode, signed
 from users.tests.factories import UserFactory
 
 # Per mode; CI asks for more (see .ci/run).
-CASES = int(os.environ.get("FUZZ_CASES", "60"))
+CASES = int(os.environ.get("FUZZ_CASES", "40"))
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

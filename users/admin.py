@@ -21,7 +21,7 @@ class UserAdmin(DjangoUserAdmin, ModelAdmin):
     search_help_text = "Name, id or e-mail address"
     date_hierarchy = "date_joined"
     show_full_result_count = False
-    list_per_page = 50
+    list_per_page = 30
     readonly_fields = ["id", "see_also", "last_login", "date_joined"]
     fieldsets = [
         (None, {"fields": ["id", "username", "password", "email", "see_also"]}),

@@ -49,14 +49,13 @@ def integrity(name: str) -> str:
 
 def served_file(name: str) -> Path:
     """Return the path of what answers to ``static(name)``; see SERVESTATIC_USE_FINDERS."""
-    found = (
-        finders.find(name)
-        if settings.SERVESTATIC_USE_FINDERS
-        else staticfiles_storage.path(
-            # A storage that puts hashes into names serves a file that may differ from its source.
-            getattr(staticfiles_storage, "stored_name", str)(name)
-        )
-    )
+    if not settings.SERVESTATIC_USE_FINDERS:
+        # A storage that puts hashes into names serves a file that may differ from its source.
+        stored = getattr(staticfiles_storage, "stored_name", str)(name)
+        collected = Path(staticfiles_storage.path(stored))
+        if collected.exists():
+            return collected
+    found = finders.find(name)
     if found is None:
         raise ValueError(f"There is no static file {name!r}.")
     return Path(found)

@@ -1,6 +1,8 @@
 import json
 import re
+from base64 import b64encode
 from datetime import timedelta
+from hashlib import sha384
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,19 @@ def test_a_hash_follows_its_file(tmp_path, settings):
     assert tags.sha384_of(file, 2) != before
     with pytest.raises(ValueError, match=r"missing\.js"):
         integrity("storefront/missing.js")
+
+
+def test_the_hash_is_that_of_the_collected_file_outside_development(settings, tmp_path):
+    name = "storefront/home.js"
+    source = integrity(name)
+    settings.STATIC_ROOT = tmp_path
+    settings.SERVESTATIC_USE_FINDERS = False
+    assert integrity(name) == source
+
+    (tmp_path / "storefront").mkdir()
+    (tmp_path / name).write_text("1")
+
+    assert integrity(name) == "sha384-" + b64encode(sha384(b"1").digest()).decode()
 
 
 def test_has_words_for_what_reserve_and_purchase_refuse():

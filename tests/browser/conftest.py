@@ -39,8 +39,6 @@ def browser(monkeypatch, tmp_path) -> Iterator[Browser]:
                 "--disable-background-networking",
                 "--disable-component-update",
                 "--disable-sync",
-                # A page answered by a test counts as one from outside this machine.
-                "--disable-features=LocalNetworkAccessChecks",
             ],
         )
         yield browser
