@@ -15,11 +15,10 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 @transaction.atomic
 def stand_still_in_a_transaction(*args, **options):
-    """Do what a process does that is frozen for longer than a transaction may be idle."""
+    """Do what a process does that is frozen, just before a commit, for too long."""
     with connection.cursor() as cursor:
         cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '20ms'")
         time.sleep(0.3)
-        cursor.execute("SELECT 1")
 
 
 @pytest.fixture(autouse=True)
