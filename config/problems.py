@@ -143,7 +143,15 @@ def is_outage(exc: Exception) -> bool:
     if isinstance(exc, OperationalError):
         waited_in_vain = (postgres.LockNotAvailable, postgres.QueryCanceled)
         return not isinstance(exc.__cause__, waited_in_vain)
+    if isinstance(exc.__cause__, postgres.IdleInTransactionSessionTimeout):
+        # A process, or a database, that stood still within a transaction and then goes on.
+        return True
     return isinstance(exc, InterfaceError | psycopg_pool.PoolTimeout)
+
+
+def may_pass(exc: Exception) -> bool:
+    """Say whether ``exc`` is the database's trouble of the moment, and not a mistake of ours."""
+    return isinstance(exc, OperationalError) or is_outage(exc)
 
 
 def problem(error: APIException, request_id: str) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from django.db import DatabaseError, InterfaceError, OperationalError, connection
-from psycopg_pool import PoolTimeout
+from django.db import DatabaseError, connection
 
-from config.problems import Busy
+from config.problems import Busy, may_pass
 
 logger = logging.getLogger(__name__)
 
@@ -218,11 +217,11 @@ def settle_apart(
     count = sum(map(len, batch.values()))
     try:
         return settle(batch, may_wait=may_wait)
-    except (OperationalError, InterfaceError, PoolTimeout) as exc:
-        logger.warning("a batch of %d failed: %s", count, exc)
-        connection.close()
-        return {pk: [Failure(exc)] * len(requests) for pk, requests in batch.items()}
     except Exception as exc:
+        if may_pass(exc):
+            logger.warning("a batch of %d failed: %s", count, exc)
+            connection.close()
+            return {pk: [Failure(exc)] * len(requests) for pk, requests in batch.items()}
         if isinstance(exc, DatabaseError):
             connection.close()
         if count == 1:

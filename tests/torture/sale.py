@@ -21,6 +21,7 @@ from tests.torture.stack import TortureStack
 GRACE_SECONDS = 20
 ANSWER_SECONDS = 30
 RETRY_SECONDS = (0.05, 0.3)
+LAG_PROBE_SECONDS = 0.05
 # What a customer may be told, besides success, while all is well.
 REFUSALS = {"sold_out", "fully_reserved", "idempotency_in_progress"}
 AWAY = {(503, "unavailable"), (503, "busy"), (429, "rate_limited")}
@@ -97,6 +98,8 @@ class Sale:
         self.outcomes: Counter[tuple[int, str | None]] = Counter()
         self.failures: list[tuple[float, tuple[int, str | None]]] = []
         self.broken = 0
+        # How long this very process was kept from its work, as a measure of the machine.
+        self.longest_lag_seconds = 0.0
         # Of reserve and purchase: everything else waits for a database that hangs.
         self.slowest_seconds = 0.0
         self.unanswered: list[str] = []
@@ -161,7 +164,16 @@ class Sale:
     # --- Customers ----------------------------------------------------------------------
 
     async def _serve(self) -> None:
+        watching = asyncio.create_task(self._watch_own_lag())
         await asyncio.gather(*(self._shop() for _ in range(self.customers)))
+        watching.cancel()
+
+    async def _watch_own_lag(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(LAG_PROBE_SECONDS)
+            lag = time.monotonic() - before - LAG_PROBE_SECONDS
+            self.longest_lag_seconds = max(self.longest_lag_seconds, lag)
 
     async def _shop(self) -> None:
         line = Line(self)

@@ -2,11 +2,11 @@ import logging
 import time
 from typing import Any
 
-import psycopg_pool
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import InterfaceError, OperationalError, close_old_connections
+from django.db import close_old_connections
 
+from config.problems import may_pass
 from config.stopping import StopRequest
 from drops.services import announce_windows
 from reservations.services import (
@@ -18,7 +18,6 @@ from reservations.services import (
 
 logger = logging.getLogger(__name__)
 
-OUTAGES = (OperationalError, InterfaceError, psycopg_pool.PoolTimeout)
 
 # Holds that end one after the other in a rush go back together instead of one by one:
 # each sweep locks the drop that buyers want.
@@ -76,7 +75,9 @@ class Command(BaseCommand):
         try:
             if told := announce_windows():
                 logger.info("%d windows opened or closed", told)
-        except OUTAGES as exc:
+        except Exception as exc:
+            if not may_pass(exc):
+                raise
             logger.warning("the database can't be reached, trying again: %s", exc)
             close_old_connections()
 
@@ -89,7 +90,9 @@ class Command(BaseCommand):
             if any(len(holds.reservation_ids) >= batch for holds in swept):
                 return 0
             next_deadline = seconds_until_next_deadline()
-        except OUTAGES as exc:
+        except Exception as exc:
+            if not may_pass(exc):
+                raise
             logger.warning("the database can't be reached, trying again: %s", exc)
             return PAUSE_WITHOUT_DATABASE_SECONDS
         for holds in swept:

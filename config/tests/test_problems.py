@@ -1,0 +1,49 @@
+"""A database that ends a session on its own: an outage that passes, and no mistake of ours."""
+
+import time
+from unittest.mock import patch
+
+import pytest
+from django.db import InternalError, connection, transaction
+
+from config.problems import Unavailable, to_api_exception
+from drops.group_commit import Failure, settle_apart
+from reservations.management.commands import expire_reservations
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@transaction.atomic
+def stand_still_in_a_transaction(*args, **options):
+    """Do what a process does that is frozen, just before a commit, for too long."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL idle_in_transaction_session_timeout = '20ms'")
+        time.sleep(0.3)
+
+
+@pytest.fixture(autouse=True)
+def _new_connection():
+    yield
+    connection.close()
+
+
+def test_the_client_is_told_to_try_again():
+    with pytest.raises(InternalError) as ended:
+        stand_still_in_a_transaction()
+
+    assert isinstance(to_api_exception(ended.value), Unavailable)
+
+
+def test_the_whole_batch_fails_at_once(caplog):
+    answers = settle_apart(stand_still_in_a_transaction, {"drop": ["one", "two"]}, True)
+
+    assert [type(answer) for answer in answers["drop"]] == [Failure] * 2
+    assert "a batch of 2 failed" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_the_expiry_loop_goes_on():
+    with patch.object(expire_reservations, "expire_due", stand_still_in_a_transaction):
+        pause = expire_reservations.Command().step(batch=1)
+
+    assert pause == expire_reservations.PAUSE_WITHOUT_DATABASE_SECONDS
