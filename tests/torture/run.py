@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
+
 from tests.torture.sale import Sale, Verdict
 from tests.torture.stack import TortureStack
 
@@ -91,7 +93,7 @@ class Run:
             yield result
         except AssertionError as exc:
             result.problems.append(str(exc) or repr(exc))
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             # The other scenarios may still tell something.
             result.problems.append(traceback.format_exc())
         finally:

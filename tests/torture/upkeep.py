@@ -120,7 +120,9 @@ class ServerOfCode(WebServer):
 
 def unpack_code_before(folder: Path) -> str | None:
     """Put the code as it was before the last change of a migration into ``folder``."""
-    commits = git("log", "--format=%h", "-1", "--", ":(glob)*/migrations/0*.py")
+    # Along the main line: within a branch there may be commits that never ran.
+    migrations = ("--", ":(glob)*/migrations/0*.py")
+    commits = git("log", "--first-parent", "--format=%h", "-1", *migrations)
     newest = commits.decode().strip() if commits else ""
     archive = git("archive", f"{newest}~1") if newest else None
     if not archive:
