@@ -47,6 +47,7 @@ INSTALLED_APPS = [
     "realtime",
     "storefront",
     "control",
+    "operations",
 ]
 
 MIDDLEWARE = [
