@@ -6,6 +6,15 @@ from rest_framework.test import APIClient
 pytest_plugins = ["tests.servers"]
 
 
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Say what the plain command leaves out."""
+    if config.option.markexpr == "not slow and not browser":
+        terminalreporter.write_line(
+            "Left out: tests that take long (pytest -m slow), and those of the pages in a "
+            "browser (pytest -m browser, with chromium installed)."
+        )
+
+
 @pytest.fixture(scope="session")
 def servers():
     """The embedded PostgreSQL and Redis of this run, or None where the URLs name others."""

@@ -5,6 +5,7 @@ lets a sender take for ever. Source of the hooks: twisted.web.http.Request, whos
 are called as a request arrives.
 """
 
+import time
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +25,7 @@ reactor: Any = _reactor
 # What is read, and thrown away, of a refused body, so that its sender comes to read the answer.
 LINGER_BYTES = 4 * 1024 * 1024
 LINGER_SECONDS = 5
+SWEEP_SECONDS = 0.5
 
 
 class LimitedRequest(WebRequest):
@@ -34,7 +36,8 @@ class LimitedRequest(WebRequest):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._deadline = reactor.callLater(settings.REQUEST_SECONDS, self._abort)
+        self._deadlines = self.channel.factory.deadlines
+        self._deadlines[self] = time.monotonic() + settings.REQUEST_SECONDS
 
     @property
     def limit(self) -> int:
@@ -58,14 +61,14 @@ class LimitedRequest(WebRequest):
             super().handleContentChunk(data)
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        self._stop_waiting()
+        self._deadlines.pop(self, None)
         if self.is_refused:
             self.channel.loseConnection()
         else:
             super().requestReceived(command, path, version)
 
     def connectionLost(self, reason: Any) -> None:
-        self._stop_waiting()
+        self._deadlines.pop(self, None)
         super().connectionLost(reason)
 
     def _refuse(self) -> None:
@@ -85,8 +88,7 @@ class LimitedRequest(WebRequest):
         transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         # Closed at once, the connection would be reset, and the answer lost with it.
         transport.loseWriteConnection()
-        self._stop_waiting()
-        self._deadline = reactor.callLater(LINGER_SECONDS, self._abort)
+        self._deadlines[self] = time.monotonic() + LINGER_SECONDS
 
     def _header(self, name: bytes) -> str:
         return (self.requestHeaders.getRawHeaders(name) or [b""])[0].decode("latin-1")
@@ -95,12 +97,33 @@ class LimitedRequest(WebRequest):
         if self.channel is not None:
             self.channel.transport.abortConnection()
 
-    def _stop_waiting(self) -> None:
-        if self._deadline.active():
-            self._deadline.cancel()
-
 
 class LimitedFactory(HTTPFactory):
+    """Makes the limited requests, and ends those that are still arriving when their time is up.
+
+    Nearly all arrive at once, so they share one clock: a timer for each would cost as much as
+    a tenth of a whole request.
+    """
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(server)
+        # When (``time.monotonic``) the time of a request is up that is not complete yet.
+        self.deadlines: dict[LimitedRequest, float] = {}
+
+    def startFactory(self) -> None:
+        super().startFactory()
+        self._end_overdue()
+
+    def _end_overdue(self) -> None:
+        now = time.monotonic()
+        for request in [request for request, at in self.deadlines.items() if at <= now]:
+            del self.deadlines[request]
+            request._abort()
+        reactor.callLater(SWEEP_SECONDS, self._end_overdue)
+
+    def log(self, request: Any) -> None:
+        """Twisted would make a line for each request, which daphne has it throw away."""
+
     def buildProtocol(self, addr: Any) -> Any:
         protocol = super().buildProtocol(addr)
         # From the first byte on; the request has its own time once its first line is there.

@@ -8,7 +8,7 @@ reference for every answer; one test suite compares the two.
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -25,6 +25,7 @@ from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
+from config.servers import send_at_once
 from users.identity import Asking, raw_target
 
 # Headers that may stand only once; a repeated one is for the viewsets to judge.
@@ -109,6 +110,14 @@ class Route:
     methods: str
 
 
+@dataclass(frozen=True, slots=True)
+class CommonHeaders:
+    """Headers that many answers share, also as the lines that they are sent as."""
+
+    headers: list[tuple[bytes, bytes]]
+    lines: bytes
+
+
 @dataclass
 class HotRoutes:
     """Serve ``routes``; hand everything else, and what an endpoint passes on, to ``rest``."""
@@ -118,7 +127,7 @@ class HotRoutes:
     # Called with the first request, when there is an event loop.
     on_first_request: Callable[[], None]
     _has_started: bool = False
-    _common: dict[tuple[str, str], list[tuple[bytes, bytes]]] = field(default_factory=dict)
+    _common: dict[tuple[str, str], "CommonHeaders"] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._has_started:
@@ -156,30 +165,38 @@ class HotRoutes:
         return None, ()
 
     async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
-        content_type = [(b"content-type", answer.content_type)] if answer.content_type else []
-        await send(
-            {
-                "type": "http.response.start",
-                "status": answer.status,
-                "headers": [
-                    *content_type,
-                    (b"content-length", str(len(answer.body)).encode()),
-                    (b"x-request-id", request.request_id.encode()),
-                    *self._common_headers(route.methods, request.scheme),
-                    *cors_headers(request.header(b"origin")),
-                    *request.answer_headers,
-                    *answer.headers,
-                ],
-            }
-        )
+        own = [
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"x-request-id", request.request_id.encode()),
+            *cors_headers(request.header(b"origin")),
+            *request.answer_headers,
+            *answer.headers,
+        ]
+        if answer.content_type:
+            own.append((b"content-type", answer.content_type))
+        common = self._common_headers(route.methods, request.scheme)
+        head = header_lines(own)
+        if head is not None and send_at_once(send, answer.status, head + common.lines, answer.body):
+            return
+        headers = [*own, *common.headers]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
-    def _common_headers(self, methods: str, scheme: str) -> list[tuple[bytes, bytes]]:
+    def _common_headers(self, methods: str, scheme: str) -> "CommonHeaders":
         """Return what Django's middleware and DRF add to every answer of the viewset."""
         key = methods, scheme
         if key not in self._common:
-            self._common[key] = [(b"allow", methods.encode()), *security_headers(scheme)]
+            headers = [(b"allow", methods.encode()), *security_headers(scheme)]
+            self._common[key] = CommonHeaders(headers, header_lines(headers) or b"")
         return self._common[key]
+
+
+def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the lines of ``headers``, or None where one would begin another line."""
+    lines = [b"%b: %b\r\n" % header for header in headers]
+    joined = b"".join(lines)
+    is_plain = joined.count(b"\n") == joined.count(b"\r") == len(lines)
+    return joined if is_plain else None
 
 
 def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:

@@ -23,12 +23,15 @@ from typing import Any, Protocol
 
 from django.db import DatabaseError, connection
 
-from config.problems import Busy, may_pass
+from config.problems import Busy, Unavailable, may_pass
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 MAX_WAIT_SECONDS = 2.0
+# How long a client waits at most. A database that answers at all ends a batch sooner; one that
+# hangs, its machine for instance, would keep the client for as long as it does.
+ANSWER_SECONDS = 5.0
 # How many drops that others have locked are waited for at once; each takes a connection.
 MAX_DROPS_APART = 3
 # Weight of the newest batch in the running mean of how long a batch takes.
@@ -58,6 +61,8 @@ class Waiting:
     answer: asyncio.Future[Any]
     # Two requests with the same key never share a batch: the second needs the first's commit.
     key: Hashable | None
+    # By the event loop's clock.
+    since: float
 
     def fail(self, reason: Exception) -> None:
         # A client that is gone has cancelled its future.
@@ -76,8 +81,27 @@ class Lane:
     # Kept here, because the loop itself keeps only weak references to its tasks.
     task: asyncio.Task[None] | None = None
     batch_seconds: float = 0.0
+    in_flight: list[Waiting] = field(default_factory=list)
     # When the batch in flight went out.
     started_at: float | None = None
+    # One for all who wait: a timer for each would cost more than the rest of its way.
+    timer: asyncio.TimerHandle | None = None
+
+    def watch(self) -> None:
+        """See to it that whoever waits for ``ANSWER_SECONDS`` is told so."""
+        waiting = [one for one in (*self.in_flight, *self.queue) if not one.answer.done()]
+        if self.timer is None and waiting:
+            due = min(one.since for one in waiting) + ANSWER_SECONDS
+            self.timer = asyncio.get_running_loop().call_at(due, self._give_up)
+
+    def _give_up(self) -> None:
+        self.timer = None
+        long_ago = asyncio.get_running_loop().time() - ANSWER_SECONDS
+        for one in (*self.in_flight, *self.queue):
+            if one.since <= long_ago:
+                # The batch may still be committed; that is what a repeat is safe for.
+                one.fail(Unavailable())
+        self.watch()
 
     def expected_wait_seconds(self) -> float:
         if self.task is None:
@@ -133,13 +157,17 @@ class GroupCommit:
 
         Raises:
             Busy: the queue is so long that the answer would take more than two seconds.
+            Unavailable: there was no answer within ``ANSWER_SECONDS``.
             Exception: what ``settle`` raised for this very request.
         """
         lane = self._apart.get(drop_id, self._together)
         if lane.expected_wait_seconds() > MAX_WAIT_SECONDS:
             raise Busy
-        answer = asyncio.get_running_loop().create_future()
-        lane.queue.append(Waiting(drop_id, request, settle, answer, key))
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        lane.queue.append(Waiting(drop_id, request, settle, answer, key, loop.time()))
+        if lane.timer is None:
+            lane.watch()
         self._start(lane)
         return await answer
 
@@ -170,12 +198,12 @@ class GroupCommit:
         for one in batch:
             waiting.setdefault(one.drop_id, []).append(one)
         requests = {pk: [one.request for one in of_drop] for pk, of_drop in waiting.items()}
-        lane.started_at = time.monotonic()
+        lane.in_flight, lane.started_at = batch, time.monotonic()
         answers = await asyncio.get_running_loop().run_in_executor(
             lane.executor, settle_apart, batch[0].settle, requests, lane.drop_id is not None
         )
         took = time.monotonic() - lane.started_at
-        lane.started_at = None
+        lane.in_flight, lane.started_at = [], None
         lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
         for drop_id, of_drop in waiting.items():
             if drop_id in answers:
@@ -188,6 +216,7 @@ class GroupCommit:
         lane = self._apart[drop_id] = Lane(drop_id, self._apart_executor)
         lane.queue.extend(waiting)
         lane.queue.extend(self._together.take_drop(drop_id))
+        lane.watch()
         self._start(lane)
 
 

@@ -1,6 +1,5 @@
 """What the hot endpoints of reserve and purchase share: from the request to its batch."""
 
-import asyncio
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from django.conf import settings
 from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
-from config.problems import Unavailable
 from config.rate_limits import rate_limits
 from drops.group_commit import GroupCommit, Settle
 from users.authentication import ADMITTED
@@ -20,9 +18,6 @@ from users.identity import Identity, create_users, identify
 from users.models import User
 from users.replays import refuse_replay_soon
 
-# How long a client waits at most. A database that answers at all ends a batch sooner; one that
-# hangs, its machine for instance, would keep the client for as long as it does.
-ANSWER_SECONDS = 5.0
 # Users that this process has made or found, in development; forgotten all at once when full.
 MAX_KNOWN_USERS = 100_000
 _known_users: set[uuid.UUID] = set()
@@ -81,12 +76,7 @@ async def settle_in_batch(
 ) -> HotAnswer | APIException:
     """Return the answer of the batch that ``claim`` went out with, or its refusal."""
     batch_key: Hashable | None = claim.key.identity if claim.key else None
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            answer = await group.submit(drop_id, settle, claim, batch_key)
-    except TimeoutError:
-        # The batch may still be committed; that is what a repeat is safe for.
-        raise Unavailable from None
+    answer = await group.submit(drop_id, settle, claim, batch_key)
     if isinstance(answer, APIException):
         return answer
     replayed = ((b"idempotent-replayed", b"true"),) if answer.is_replayed else ()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from config.body_limit import Message, Send
+from config.servers import daphne_protocol
 
 
 class Gate:
@@ -27,15 +28,6 @@ class Gate:
 
     def stopProducing(self) -> None:
         self.is_open.set()
-
-
-def daphne_protocol(send: Send) -> Any:
-    """Return daphne's side of the connection, or None under another server.
-
-    Source: ``daphne.server.Server.create_application``.
-    """
-    is_daphne = isinstance(send, partial) and type(send.args[0]).__module__.startswith("daphne.")
-    return send.args[0] if is_daphne else None  # type: ignore[attr-defined]
 
 
 def waiting_send(send: Send) -> Send:

@@ -9,11 +9,10 @@ go there directly; in every other case ASGI's ``send`` does what it always did.
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.tcp import Connection
 from websockets.protocol import State
 
 from config.body_limit import Message, Send
-from realtime.backpressure import daphne_protocol
+from config.servers import daphne_protocol, quick_write
 
 # Writes a message of ``frames.text_message`` now, or returns False and does nothing.
 Writer = Callable[[Message], bool]
@@ -61,28 +60,11 @@ def _uvicorn_writer(protocol: Any) -> Writer:
 
 
 def _daphne_writer(protocol: Any) -> Writer:
-    transport = protocol.transport
-    # Under TLS the bytes have to be encrypted first.
-    if not isinstance(transport, Connection) or transport.TLS:
+    write = quick_write(protocol.transport)
+    if write is None:
         return no_writer
-    send = transport.socket.send
 
     def write_frame(message: Message) -> bool:
-        # Twisted's ``write`` would have the event loop watch the connection, and forget it
-        # again, for each frame. What waits already must stay in front.
-        has_waiting = transport.dataBuffer or transport._tempDataBuffer
-        if has_waiting or protocol.state != protocol.STATE_OPEN or not transport.connected:
-            return False
-        wire: bytes = message["wire"]
-        try:
-            sent = send(wire)
-        except BlockingIOError:
-            return False
-        except OSError:
-            # The client is gone, of which the server tells us separately.
-            return True
-        if sent < len(wire):
-            transport.write(wire[sent:])
-        return True
+        return protocol.state == protocol.STATE_OPEN and write(message["wire"])
 
     return write_frame

@@ -93,6 +93,7 @@ def as_response(answer: Response, prepared: requests.PreparedRequest) -> schemat
     return schemathesis.Response(answer.status, headers, answer.body, prepared, 0.0, verify=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(120, CASES // 10))
 @pytest.mark.parametrize("mode", IDENTITY_SCHEMES)
 @pytest.mark.django_db(transaction=True)

@@ -216,6 +216,7 @@ def post(server: WebServer, drop: Drop, call: str, user: Any) -> httpx.Response:
 # --- A server that is killed ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_servers_that_are_killed_inside_a_batch_have_confirmed_nothing_that_is_missing(
     session_uvicorn,
 ):

@@ -140,6 +140,7 @@ def pages_of(drop):
         yield reverse(f"admin:{name}_changelist", query={"drop__id__exact": drop.pk, "p": 900})
 
 
+@pytest.mark.slow
 def test_pages_take_the_same_statements_for_one_purchase_and_100_000(admin_client, request):
     few = PurchaseFactory().drop
     ContentType.objects.get_for_models(*apps.get_models())  # remembered for good

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from drops import hot_claims
+from drops import group_commit
 from drops.tests.factories import DropFactory
 from reservations.models import Reservation
 from tests.concurrency import another_session
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 
 def test_nobody_waits_for_as_long_as_the_database_hangs(monkeypatch):
-    monkeypatch.setattr(hot_claims, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(group_commit, "ANSWER_SECONDS", 0.2)
     drop, user = DropFactory(), UserFactory()
     address = f"/api/drops/{drop.pk}/reserve"
 
@@ -26,7 +26,7 @@ def test_nobody_waits_for_as_long_as_the_database_hangs(monkeypatch):
             other.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [drop.pk])
             refused = ask()
             other.execute("ROLLBACK")
-        monkeypatch.setattr(hot_claims, "ANSWER_SECONDS", 10)
+        monkeypatch.setattr(group_commit, "ANSWER_SECONDS", 10)
         repeated = ask()
 
     assert (refused.status, refused.json()["code"]) == (503, "unavailable")

@@ -194,6 +194,7 @@ def test_streams_are_counted_and_end_with_their_server():
 # --- Who does not read ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_who_never_reads_is_cut_off_and_costs_little_memory(session_web_servers, session_uvicorn):
     """Ten megabytes wait for each of ten clients per server, on sockets and streams."""

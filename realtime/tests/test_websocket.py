@@ -419,6 +419,7 @@ def test_events_arrive_while_redis_is_away_and_at_once_when_it_is_back(
         in_a_row = in_a_row + 1 if time.monotonic() - started < 0.2 else 0
 
 
+@pytest.mark.slow
 def test_a_socket_survives_half_a_minute_of_silence(web_servers, session_uvicorn, follow):
     """Longer than any timeout of Redis, and than the servers' own pings."""
     drop = DropFactory()

@@ -17,6 +17,8 @@ from reservations.models import Reservation
 from reservations.services import Claim, reserve
 from users.tests.factories import UserFactory
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture
 def clerk(site):

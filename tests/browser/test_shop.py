@@ -23,6 +23,8 @@ from tests.browser.conftest import DESKTOP, PATIENCE_MS, PHONE
 from tests.servers import Process, WebServer, running_web_servers
 from users.tests.factories import UserFactory
 
+pytestmark = pytest.mark.browser
+
 MOST_BYTES = 150_000
 IN_AN_HOUR = timezone.now() + timedelta(hours=1)
 INTERACTIVE_MS = 1_000
