@@ -5,13 +5,13 @@ idempotency keys → users (with MAX_ACTIVE_HOLDS only) → drop → variants �
 several of one kind by primary key.
 """
 
-import json
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import orjson
 from django.db import OperationalError, connection, transaction
 from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import ErrorDetail, ValidationError
@@ -140,7 +140,7 @@ def _write_stock(changed: Sequence[LockedDrop]) -> None:
             locked.drop.pk,
             *(sum(moved[index] for moved in locked._moves.values()) for index in range(3)),
             len(locked._events),
-            None if locked._feed is None else json.dumps(locked._feed),
+            None if locked._feed is None else orjson.dumps(locked._feed).decode(),
         )
         for locked in changed
     ]
@@ -214,7 +214,7 @@ def lock_drops(
         if variant.drop_id not in locked:
             drop = Drop.from_db("default", DROP_COLUMNS, row[:width])
             # JSON arrives as text, because this is not a query of the ORM.
-            drop.latest_purchasers = json.loads(drop.latest_purchasers)
+            drop.latest_purchasers = orjson.loads(drop.latest_purchasers)
             locked[drop.pk] = LockedDrop(drop, {})
             counts[drop.pk] = count
         variant.drop = locked[variant.drop_id].drop

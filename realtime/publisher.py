@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +20,35 @@ logger = logging.getLogger(__name__)
 GROUP = "drops"
 # News are a hint; hubs read from the event log what they don't carry.
 MAX_EVENTS_PER_MESSAGE = 100
-MAX_WAITING_MESSAGES = 1000
+MAX_WAITING_NEWS = 1000
 SEND_TIMEOUT_SECONDS = 5
 FLUSH_TIMEOUT_SECONDS = 1
 
 
-def publish(drop_id: uuid.UUID, events: Sequence["NewEvent"], at: datetime) -> None:
-    """Queue the news about a drop for all processes; returns at once and never fails.
+def publish(events: Mapping[uuid.UUID, Sequence["NewEvent"]], at: datetime) -> None:
+    """Queue the news about drops for all processes; returns at once and never fails.
 
     Call it after the commit. What gets lost here (Redis is away, the process dies) the
     hubs find in the event log within a second. Followers in this process are told first,
     so that it never answers from a memory older than its own writes.
     """
-    tell_followers(str(drop_id), [(e.seq, e.type, e.data) for e in events])
-    _publisher().put(
-        {
-            "drop_id": str(drop_id),
-            "seq": events[-1].seq,
-            "events": [
-                {"seq": e.seq, "type": e.type, "ts": at.timestamp(), "data": e.data} for e in events
-            ]
-            if len(events) <= MAX_EVENTS_PER_MESSAGE
-            else [],
-        }
-    )
+    news = []
+    for drop_id, its_events in events.items():
+        name = str(drop_id)
+        tell_followers(name, [(e.seq, e.type, e.data) for e in its_events])
+        news.append(
+            {
+                "drop_id": name,
+                "seq": its_events[-1].seq,
+                "events": [
+                    {"seq": e.seq, "type": e.type, "ts": at.timestamp(), "data": e.data}
+                    for e in its_events
+                ]
+                if len(its_events) <= MAX_EVENTS_PER_MESSAGE
+                else [],
+            }
+        )
+    _publisher().put(news)
 
 
 # (seq, type, data)
@@ -77,9 +82,9 @@ class Publisher(threading.Thread):
         self._is_idle = threading.Event()
         self._is_failing = False
 
-    def put(self, message: dict[str, Any]) -> None:
+    def put(self, news: Sequence[dict[str, Any]]) -> None:
         self._is_idle.clear()
-        self._loop.call_soon_threadsafe(self._enqueue, message)
+        self._loop.call_soon_threadsafe(self._enqueue, news)
 
     def flush(self) -> None:
         """Wait until everything is sent, but not for long."""
@@ -89,9 +94,10 @@ class Publisher(threading.Thread):
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._send_forever())
 
-    def _enqueue(self, message: dict[str, Any]) -> None:
-        if self._waiting.qsize() < MAX_WAITING_MESSAGES:
-            self._waiting.put_nowait(message)
+    def _enqueue(self, news: Sequence[dict[str, Any]]) -> None:
+        for of_drop in news:
+            if self._waiting.qsize() < MAX_WAITING_NEWS:
+                self._waiting.put_nowait(of_drop)
 
     async def _send_forever(self) -> None:
         layer = get_channel_layer()

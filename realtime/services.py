@@ -44,9 +44,8 @@ def append_events(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime)
             """,
             [now, orjson.dumps(rows, default=str).decode()],
         )
-    for drop_id, its_events in events.items():
-        if its_events:
-            transaction.on_commit(partial(publish, drop_id, its_events, now))
+    told = {drop_id: its_events for drop_id, its_events in events.items() if its_events}
+    transaction.on_commit(partial(publish, told, now))
 
 
 def prune_events(hours: float, limit: int) -> int:

@@ -498,12 +498,12 @@ def test_only_the_usual_form_is_a_uuid(value):
 @pytest.mark.django_db(transaction=True)
 def test_a_large_message_carries_no_events(monkeypatch):
     sent: list[dict[str, Any]] = []
-    monkeypatch.setattr(publisher.Publisher, "put", lambda self, message: sent.append(message))
+    monkeypatch.setattr(publisher.Publisher, "put", lambda self, news: sent.extend(news))
     drop = drop_with_events(publisher.MAX_EVENTS_PER_MESSAGE + 1)
     events = list(Event.objects.filter(drop_id=drop.pk).order_by("seq"))
 
-    publisher.publish(drop.pk, events[:-1], AT)
-    publisher.publish(drop.pk, events, AT)
+    publisher.publish({drop.pk: events[:-1]}, AT)
+    publisher.publish({drop.pk: events}, AT)
 
     assert [message["seq"] for message in sent] == [100, 101]
     assert [len(message["events"]) for message in sent] == [100, 0]

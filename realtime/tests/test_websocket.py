@@ -378,7 +378,7 @@ def fold(drop: dict[str, Any], frame: dict[str, Any]) -> None:
 def test_events_that_were_never_published_arrive_all_the_same(web_servers, follow, monkeypatch):
     drop, users = DropFactory(), UserFactory.create_batch(3)
     listeners = [follow(web_servers[0], drop), follow(web_servers[1])]
-    monkeypatch.setattr(services, "publish", lambda drop_id, events, at: None)
+    monkeypatch.setattr(services, "publish", lambda events, at: None)
 
     for user in users:
         reserve(drop.pk, Claim(user.pk))
@@ -439,7 +439,7 @@ def test_events_of_a_process_that_was_killed_after_its_commit_arrive(web_servers
     # The commit, and then nothing: no publisher, no flush at the end.
     code = (
         "import os, uuid, django; django.setup()\n"
-        "from realtime import publisher; publisher.Publisher.put = lambda self, message: None\n"
+        "from realtime import publisher; publisher.Publisher.put = lambda self, news: None\n"
         "from reservations.services import Claim, reserve\n"
         f"reserve(uuid.UUID('{drop.pk}'), Claim(uuid.UUID('{user.pk}')))\n"
         "print('committed', flush=True)\n"

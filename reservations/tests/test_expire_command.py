@@ -91,7 +91,7 @@ def test_ten_thousand_holds_are_back_with_their_events_within_five_seconds(start
     told = told_reservation_ids()
     assert len(told) == 10_000
     assert set(told) == set(Reservation.objects.values_list("pk", flat=True))
-    assert drop.events.count() == drop.seq == 10_020  # and the stock after each 500
+    assert drop.events.count() == drop.seq == 10_040  # and the stock after each 250
 
 
 @pytest.mark.servers

@@ -437,7 +437,7 @@ def test_nothing_is_remembered_for_longer_than_a_quarter_of_a_second(clock, monk
     async def scene(lane):
         await learned(lane, hold.drop)
         # As another process would: nobody here is told.
-        monkeypatch.setattr("realtime.services.publish", lambda drop_id, events, at: None)
+        monkeypatch.setattr("realtime.services.publish", lambda events, at: None)
         await change(release, hold.pk, hold.user)
         clock.now += 0.1
         early = await claim(lane, hold.drop)
