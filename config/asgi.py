@@ -13,7 +13,7 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
-from config import daphne_limits  # noqa: E402
+from config import daphne_requests  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
@@ -44,7 +44,7 @@ def http_application() -> BodyLimit | HotRoutes:
 
 # daphne reads its listener's class when it starts, after it has imported this module.
 if "daphne.server" in sys.modules:
-    daphne_limits.install()
+    daphne_requests.install()
 
 application = ProtocolTypeRouter(
     {
@@ -56,7 +56,7 @@ application = ProtocolTypeRouter(
 # What exists by now lives as long as the process: leave it out of all further collections,
 # and collect the short-lived rest less often. Source: https://docs.python.org/3/library/gc.html
 gc.freeze()
-gc.set_threshold(20_000, 20, 50)
+gc.set_threshold(50_000, 20, 50)
 
 # How long a thread that comes back from the database may have to wait for the interpreter.
 # A batch comes back a dozen times; at Python's 5 ms each, a busy event loop made it take

@@ -4,7 +4,7 @@ Each look inside is guarded: where a server is another one, or something about a
 is out of the ordinary, nothing is done and ASGI's ``send`` does what it always did.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
@@ -28,9 +28,9 @@ def daphne_protocol(send: Send) -> Any:
 
 
 @lru_cache(8)
-def _is_daphnes(kind: type) -> bool:
-    # Ours are made from daphne's (see config.daphne_limits).
-    return any(base.__module__.startswith("daphne.") for base in kind.__mro__)
+def _is_daphnes(kind: Hashable) -> bool:
+    # Ours are made from daphne's (see config.daphne_requests).
+    return any(base.__module__.startswith("daphne.") for base in kind.__mro__)  # type: ignore[attr-defined]
 
 
 def quick_write(transport: Any) -> Write | None:
