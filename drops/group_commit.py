@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from django.db import DatabaseError, connection
 
 from config.problems import Busy, may_pass
+from operations import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Waiting:
     answer: asyncio.Future[Any]
     # Two requests with the same key never share a batch: the second needs the first's commit.
     key: Hashable | None
+    # By the monotonic clock.
+    since: float
 
     def fail(self, reason: Exception) -> None:
         # A client that is gone has cancelled its future.
@@ -139,7 +142,7 @@ class GroupCommit:
         if lane.expected_wait_seconds() > MAX_WAIT_SECONDS:
             raise Busy
         answer = asyncio.get_running_loop().create_future()
-        lane.queue.append(Waiting(drop_id, request, settle, answer, key))
+        lane.queue.append(Waiting(drop_id, request, settle, answer, key, time.monotonic()))
         self._start(lane)
         return await answer
 
@@ -175,6 +178,10 @@ class GroupCommit:
             lane.executor, settle_apart, batch[0].settle, requests, lane.drop_id is not None
         )
         took = time.monotonic() - lane.started_at
+        # Once for the batch, not for each claim: the first has waited longest.
+        metrics.queue_wait_seconds.observe(lane.started_at - batch[0].since)
+        metrics.batch_claims.observe(len(batch))
+        metrics.batch_seconds.observe(took)
         lane.started_at = None
         lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
         for drop_id, of_drop in waiting.items():
