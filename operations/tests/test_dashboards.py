@@ -20,7 +20,9 @@ EXPECTED = {
 
 
 def alerts() -> list[dict]:
-    return [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    return [
+        rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
+    ]
 
 
 def queries(node) -> Iterator[str]:

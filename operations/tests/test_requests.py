@@ -48,9 +48,7 @@ def test_one_line_says_who_asked_for_what_and_how_it_ended(lane, name, written):
     drop, user = DropFactory(total_stock=1), UserFactory()
 
     async def ask(application):
-        answer = await application.post(
-            f"/api/drops/{drop.pk}/reserve", user, X_Request_Id="req-1"
-        )
+        answer = await application.post(f"/api/drops/{drop.pk}/reserve", user, X_Request_Id="req-1")
         bought = await application.post(f"/api/drops/{drop.pk}/purchase", user)
         refused = await application.post(f"/api/drops/{drop.pk}/reserve", UserFactory.build())
         return answer.json(), bought.json(), refused.json()
@@ -91,7 +89,7 @@ def test_one_line_says_who_asked_for_what_and_how_it_ended(lane, name, written):
         (Request("GET", "/healthz"), 200, "ok", "/healthz"),
         (Request("GET", "/static/nothing.js"), 404, "refused", "/static/"),
         (Request("POST", "/api/drops", (b"x" * 17_000,)), 413, "body_too_large", "other"),
-        (Request("BREW", "/api/drops"), 405, "method_not_allowed", "/api/drops"),
+        (Request("BREW", "/api/drops"), 401, "identity_required", "/api/drops"),
     ],
     ids=lambda value: getattr(value, "address", None),
 )
@@ -240,6 +238,7 @@ def test_in_production_all_is_json_and_each_request_one_line(server):
             client.get("/api/me", headers=user | {"X-Request-Id": "b"})
             client.get("/api/drops?limit=x", headers={"X-Request-Id": "c"})
             assert client.get("/metrics").status_code == 404
+    assert [line for line in web.lines if not line.startswith("{")] == []
     lines = [json.loads(line) for line in web.lines]
 
     of_requests = [line for line in lines if line["event"] == "request"]
