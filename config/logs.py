@@ -73,6 +73,9 @@ def line_formatter(*, is_json: bool) -> ProcessorFormatter:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    if is_json:
+        # Python's own warnings would be lines of another kind.
+        logging.captureWarnings(True)
     renderer: Processor = (
         structlog.processors.JSONRenderer(serializer=to_json)
         if is_json
