@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from hmac import compare_digest
 from pathlib import Path
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from django.conf import settings
@@ -182,7 +183,7 @@ def serve_metrics(port: int) -> None:
     """Serve this process's metrics on a port of their own, from a thread, under the token."""
     from django.core.handlers.wsgi import WSGIRequest
 
-    def application(environ, start_response):  # type: ignore[no-untyped-def]
+    def application(environ: dict, start_response: Any) -> list[bytes]:
         request = WSGIRequest(environ)
         try:
             if request.path != "/metrics":

@@ -100,7 +100,7 @@ class Tallied(Generic[Kind]):
 
     def __init__(self, metric: MetricWrapperBase, kind: Callable[[Any], Kind]) -> None:
         self._metric = metric
-        self._kind = kind
+        self._kind: Callable[[Any], Kind] = kind
         self._children: dict[tuple[str, ...], Kind] = {}
         self._making = Lock()
 

@@ -4,7 +4,7 @@ import re
 import threading
 import uuid
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -15,11 +15,17 @@ from django.utils import timezone
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from config.problems import RateLimited
+from config.rate_limits import Limit
 from drops.tests.factories import DropFactory
 from operations import exposition, metrics
 from operations.metrics import Count, Spread, SummedHistogram
 from operations.requests import RequestLog
 from purchases.services import purchase
+from realtime.conflation import Outbox
+from realtime.frames import EventFrame
+from realtime.hub import Feed, Hub
+from realtime.models import EventType
 from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, reserve
 from tests.hot import hot_lane, viewset_lane
@@ -308,3 +314,44 @@ def test_up_shares_a_folder_and_removes_it(settings, monkeypatch):
 
     assert not os.path.exists(folder)
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
+
+
+# --- Sockets --------------------------------------------------------------------------------
+
+
+def test_counts_what_is_left_out_for_the_newest():
+    def frame(seq):
+        return EventFrame("d", seq, EventType.STOCK_UPDATED, datetime.now(UTC), {})
+
+    class Listener:
+        def offer(self, frame, prev, message): ...
+
+    async def turn():
+        hub = Hub()
+        feed = hub._feeds["d"] = Feed(0)
+        hub.watch(Listener(), "d")
+        hub.watch(Listener(), "d")
+        hub._pass_on("d", [(seq, EventType.STOCK_UPDATED, datetime.now(UTC), {}) for seq in (1, 2)])
+        await hub._take_turn("d")
+        return feed.sent
+
+    with growth() as grown:
+        assert asyncio.run(turn()) == 2
+        outbox = Outbox()
+        for seq in (1, 2, 3):
+            outbox.add(frame(seq), seq - 1)
+        assert outbox.pop() is not None
+
+    assert grown("drops_frames_sent_total") == 2
+    assert grown("drops_frames_conflated_total") == 1
+    assert grown("drops_frames_dropped_total") == 2
+    assert grown("drops_event_lag_seconds_count") == 1
+
+
+def test_counts_who_was_refused_for_their_number():
+    limit = Limit("reserve", "address", "1/minute")
+    with growth() as grown:
+        raised = limit.refusal(3)
+
+    assert isinstance(raised, RateLimited)
+    assert grown("drops_rate_limited_total", action="reserve", kind="address") == 1

@@ -151,25 +151,20 @@ def test_lines_hold_no_secret(lane, name, written):
     drop = DropFactory()
 
     async def ask(application):
-        await application.get(f"/api/drops/{drop.pk}?ticket=3f9a77c2b1", X_Request_Id=token)
-        await application.get("/password=hunter2", X_Request_Id="token:hunter2")
-        await application.get("/\udcff\n", Authorization=f"Bearer {token}")
+        by_token, by_word = {"X-Request-Id": token}, {"X-Request-Id": "token:hunter2"}
+        await application.get(f"/api/drops/{drop.pk}?ticket=3f9a77c2b1", **by_token)
+        await application.get("/password=hunter2", **by_word)
+        await application.get("/api/nowhere\n", Authorization=f"Bearer {token}")
 
     with lane() as application:
-        asyncio.run(observe(application).get("/api/drops", X_Request_Id=token))
-        asyncio.run(ask_quietly(ask, observe(application)))
+        asyncio.run(ask(observe(application)))
 
-    text = json.dumps(written())
+    found = written()
+    assert len(found) == 3
+    text = json.dumps(found)
     assert "hunter2" not in text
     assert "3f9a77c2b1" not in text
     assert token not in text
-
-
-async def ask_quietly(ask, application):
-    try:
-        await ask(application)
-    except UnicodeEncodeError:
-        pass  # no server passes such an address on
 
 
 def test_no_request_is_logged_where_that_is_off(settings, written):
@@ -232,12 +227,14 @@ def test_in_production_all_is_json_and_each_request_one_line(server):
     drop = DropFactory()
     user = {"X-User-Id": str(uuid.uuid4())}
 
-    with running_web_servers(WebServer(server, **PRODUCTION)) as (web,):
-        with httpx.Client(trust_env=False, base_url=web.url) as client:
-            client.post(f"/api/drops/{drop.pk}/reserve", headers=user | {"X-Request-Id": "a"})
-            client.get("/api/me", headers=user | {"X-Request-Id": "b"})
-            client.get("/api/drops?limit=x", headers={"X-Request-Id": "c"})
-            assert client.get("/metrics").status_code == 404
+    with (
+        running_web_servers(WebServer(server, **PRODUCTION)) as (web,),
+        httpx.Client(trust_env=False, base_url=web.url) as client,
+    ):
+        client.post(f"/api/drops/{drop.pk}/reserve", headers=user | {"X-Request-Id": "a"})
+        client.get("/api/me", headers=user | {"X-Request-Id": "b"})
+        client.get("/api/drops?limit=x", headers={"X-Request-Id": "c"})
+        assert client.get("/metrics").status_code == 404
     assert [line for line in web.lines if not line.startswith("{")] == []
     lines = [json.loads(line) for line in web.lines]
 
