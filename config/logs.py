@@ -47,6 +47,13 @@ class MaskSecrets(logging.Filter):
         return True
 
 
+class OnlyFailures(logging.Filter):
+    """Leave out that a request was answered with an error, which its own line says."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return bool(record.exc_info)
+
+
 def mask_values(logger: Any, name: str, event: EventDict) -> EventDict:
     """Mask secrets in all that is text, before it is quoted and escaped."""
     return {key: masked(value) if isinstance(value, str) else value for key, value in event.items()}

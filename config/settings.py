@@ -397,7 +397,10 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"()": "config.logs.line_formatter", "is_json": not DEBUG}},
-    "filters": {"secrets": {"()": "config.logs.MaskSecrets"}},
+    "filters": {
+        "secrets": {"()": "config.logs.MaskSecrets"},
+        "failures": {"()": "config.logs.OnlyFailures"},
+    },
     "handlers": {
         "stderr": {
             "class": "logging.StreamHandler",
@@ -407,8 +410,10 @@ LOGGING = {
     },
     "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     "loggers": {
+        # Django's own handlers would write everything a second time when DEBUG is on.
+        "django": {"level": "INFO", "handlers": [], "propagate": True},
         # Each refused request would be a line of its own here.
-        "django.request": {"level": "ERROR"},
+        "django.request": {"level": "ERROR", "filters": ["failures"]},
         "django.channels.server": {"level": "WARNING"},
         "daphne": {"level": "WARNING"},
         # uvicorn brings handlers of its own, which write in their own way.

@@ -319,20 +319,25 @@ def test_up_shares_a_folder_and_removes_it(settings, monkeypatch):
 # --- Sockets --------------------------------------------------------------------------------
 
 
+DROP_ID = "00000000-0000-4000-8000-00000000000d"
+
+
 def test_counts_what_is_left_out_for_the_newest():
     def frame(seq):
-        return EventFrame("d", seq, EventType.STOCK_UPDATED, datetime.now(UTC), {})
+        return EventFrame(DROP_ID, seq, EventType.STOCK_UPDATED, datetime.now(UTC), {})
 
     class Listener:
         def offer(self, frame, prev, message): ...
 
     async def turn():
         hub = Hub()
-        feed = hub._feeds["d"] = Feed(0)
-        hub.watch(Listener(), "d")
-        hub.watch(Listener(), "d")
-        hub._pass_on("d", [(seq, EventType.STOCK_UPDATED, datetime.now(UTC), {}) for seq in (1, 2)])
-        await hub._take_turn("d")
+        feed = hub._feeds[DROP_ID] = Feed(0)
+        hub.watch(Listener(), DROP_ID)
+        hub.watch(Listener(), DROP_ID)
+        hub._pass_on(
+            DROP_ID, [(seq, EventType.STOCK_UPDATED, datetime.now(UTC), {}) for seq in (1, 2)]
+        )
+        await hub._take_turn(DROP_ID)
         return feed.sent
 
     with growth() as grown:
