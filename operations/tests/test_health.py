@@ -140,6 +140,23 @@ def test_answers_in_time_when_something_hangs_and_asks_only_once(client, monkeyp
     assert len(asked) == 1
 
 
+def test_what_hangs_takes_no_time_from_the_others(client, monkeypatch):
+    gone_on = threading.Event()
+
+    def hang():
+        gone_on.wait(20)
+        return {}
+
+    monkeypatch.setattr(health, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(health, "database_probe", Probe(hang, {"database": "failing"}))
+
+    status, answer = states(client)
+
+    gone_on.set()
+    assert (status, answer["failed"]) == (503, ["database"])
+    assert answer["checks"]["redis"] == "ok"
+
+
 @pytest.mark.django_db(transaction=True)
 def test_the_database_is_asked_once_a_second_however_many_ask(client, monkeypatch):
     asked = []

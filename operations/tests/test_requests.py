@@ -272,3 +272,14 @@ def test_what_is_logged_is_masked_before_it_is_quoted(is_json):
     if is_json:
         line = json.loads(text)
         assert (line["event"], line["level"], line["logger"]) == ("Bearer ***", "error", "x")
+
+
+def test_an_error_that_was_answered_is_no_second_line():
+    logger = logging.getLogger("django.request")
+    answered = logger.makeRecord("django.request", 40, "x.py", 1, "Unavailable: /x", (), None)
+
+    assert not logger.filter(answered)
+    failed = record_of_failure()
+    assert logger.filter(failed)
+    # What Django brings along would write a line of each record too.
+    assert logging.getLogger("django").handlers == []
