@@ -14,11 +14,13 @@ django_application = get_asgi_application()
 from django.conf import settings  # noqa: E402
 
 from config import daphne_requests  # noqa: E402
-from config.body_limit import BodyLimit  # noqa: E402
+from config.body_limit import Application, BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
 from drops.group_commit import GroupCommit  # noqa: E402
+from operations.exposition import SAMPLERS  # noqa: E402
+from operations.requests import RequestLog, StatusNoted  # noqa: E402
 from purchases.asgi import PurchaseEndpoint  # noqa: E402
 from realtime.asgi import EventStreams  # noqa: E402
 from realtime.hub import get_hub  # noqa: E402
@@ -26,9 +28,10 @@ from realtime.routing import websocket_urlpatterns  # noqa: E402
 from reservations.asgi import ReserveEndpoint  # noqa: E402
 
 
-def http_application() -> BodyLimit | HotRoutes:
+def http_application() -> StatusNoted | HotRoutes:
+    rest = StatusNoted(BodyLimit(django_application))
     if not settings.HOT_ROUTES:
-        return BodyLimit(django_application)
+        return rest
     # Both kinds of claim share the queues: per drop one transaction at a time.
     group = GroupCommit()
     routes = [
@@ -37,20 +40,30 @@ def http_application() -> BodyLimit | HotRoutes:
         *DropReads().routes(),
     ]
     # What these routes remember must hear of other processes' changes, sockets or not.
-    return HotRoutes(
-        routes, BodyLimit(django_application), on_first_request=lambda: get_hub().start_soon()
-    )
+    return HotRoutes(routes, rest, on_first_request=lambda: get_hub().start_soon())
+
+
+def observed(application: Application) -> RequestLog:
+    """Have a line, a measurement and, where that is wanted, a span of each request."""
+    observers = []
+    if settings.OTEL_EXPORTER_OTLP_ENDPOINT:
+        from operations.telemetry import span_of_requests
+
+        observers.append(span_of_requests())
+    return RequestLog(application, samplers=SAMPLERS, observers=observers)
 
 
 # daphne reads its listener's class when it starts, after it has imported this module.
 if "daphne.server" in sys.modules:
     daphne_requests.install()
 
-application = ProtocolTypeRouter(
-    {
-        "http": EventStreams(http_application()),
-        "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
-    }
+application = observed(
+    ProtocolTypeRouter(
+        {
+            "http": EventStreams(http_application()),
+            "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
+        }
+    )
 )
 
 # What exists by now lives as long as the process: leave it out of all further collections,

@@ -16,6 +16,7 @@ from config.problems import (
     Refusal,
     problem,
 )
+from operations.requests import record_of
 
 Scope = dict[str, Any]
 Message = Mapping[str, Any]
@@ -72,6 +73,8 @@ class BodyLimit:
         headers = dict(scope["headers"])
         identifier = request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
         body = orjson.dumps(problem(error, identifier))
+        record = record_of(scope)
+        record.request_id, record.code = identifier, error.code
         await send(
             {
                 "type": "http.response.start",

@@ -1,5 +1,6 @@
 """Read settings from the environment; a wrong value stops the start with one line."""
 
+import os
 import re
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -91,6 +92,27 @@ def secrets(name: str, *, at_most: int) -> list[str]:
         allowed = f"1 to {at_most} secrets, comma-separated, of {SECRET_LENGTH} characters or more"
         raise InvalidSetting(name, "***" if values else "", f"it must be {allowed}")
     return values
+
+
+def secret(name: str) -> str:
+    """Return a secret, or nothing where none is set; it is never shown."""
+    value = text(name, "")
+    if value and len(value) < SECRET_LENGTH:
+        raise InvalidSetting(name, "***", f"it must have {SECRET_LENGTH} characters or more")
+    return value
+
+
+def folder(name: str) -> str:
+    """Return the folder ``name``, made where it doesn't exist; empty where none is set."""
+    value = text(name, "")
+    if value:
+        try:
+            Path(value).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise InvalidSetting(name, value, f"it must be a folder: {exc.strerror}") from None
+        if not os.access(value, os.W_OK):
+            raise InvalidSetting(name, value, "this process can't write there")
+    return value
 
 
 def jwt_algorithms(name: str, default: str) -> list[str]:

@@ -18,6 +18,7 @@ from django.conf import settings
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
+from structlog.contextvars import bound_contextvars
 
 from config.addresses import socket_address
 from config.answers import cors_headers, security_headers
@@ -26,6 +27,7 @@ from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
 from config.servers import send_at_once
+from operations.requests import Record, record_of
 from users.identity import Asking, raw_target
 
 # Headers that may stand only once; a repeated one is for the viewsets to judge.
@@ -64,6 +66,7 @@ class HotRequest:
     headers: dict[bytes, str]
     args: tuple[str, ...]
     request_id: str
+    record: Record
     body: bytes = b""
     # Added to the answer, whatever it will be.
     answer_headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -95,6 +98,8 @@ class HotAnswer:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     # None for an answer that has no body of any kind.
     content_type: bytes | None = b"application/json"
+    # The outcome, as clients know it, where it isn't simply that it went well.
+    code: str = ""
 
 
 Endpoint = Callable[[HotRequest], Awaitable[HotAnswer]]
@@ -102,8 +107,12 @@ Endpoint = Callable[[HotRequest], Awaitable[HotAnswer]]
 
 @dataclass(frozen=True)
 class Route:
-    """``methods`` is what the viewset behind the same address allows, for the Allow header."""
+    """``methods`` is what the viewset behind the same address allows, for the Allow header.
 
+    ``name`` is the address as people write it.
+    """
+
+    name: str
     method: str
     pattern: re.Pattern[str]
     endpoint: Endpoint
@@ -152,8 +161,14 @@ class HotRoutes:
             answer = await route.endpoint(request)
         except FallThrough:
             return await self.rest(scope, put_back(message, receive), send)
+        except APIException as exc:
+            answer = problem_answer(exc, request.request_id)
         except Exception as exc:
-            answer = problem_answer(to_api_exception(exc), request.request_id)
+            # What is logged of it names the request.
+            with bound_contextvars(request_id=request.request_id):
+                error = to_api_exception(exc)
+            answer = problem_answer(error, request.request_id)
+        note(request, route, answer)
         await self._send(route, request, answer, send)
 
     def _match(self, scope: Scope) -> tuple[Route | None, tuple[str, ...]]:
@@ -199,6 +214,16 @@ def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     return joined if is_plain else None
 
 
+def note(request: HotRequest, route: Route, answer: HotAnswer) -> None:
+    """Complete the request's record."""
+    record = request.record
+    record.lane = "hot"
+    record.route = route.name
+    record.status = answer.status
+    record.code = answer.code
+    record.request_id = request.request_id
+
+
 def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
     """Return the request, still without its body, if it is a plain one.
 
@@ -235,6 +260,7 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         headers=found,
         args=args,
         request_id=request_id(found.get(b"x-request-id")),
+        record=record_of(scope),
     )
 
 
@@ -286,14 +312,16 @@ def put_back(first: Mapping[str, Any], receive: Receive) -> Receive:
 
 def problem_answer(error: APIException, identifier: str) -> HotAnswer:
     """Render ``error`` as the viewsets do."""
+    document = problem(error, identifier)
     return HotAnswer(
         int(error.status_code),
-        orjson.dumps(problem(error, identifier), default=str),
+        orjson.dumps(document, default=str),
         tuple(
             (name.lower().encode(), value.encode())
             for name, value in problem_headers(error).items()
         ),
         CONTENT_TYPE.encode(),
+        document["code"],
     )
 
 
@@ -306,6 +334,7 @@ def drop_id_of(request: HotRequest) -> uuid.UUID:
     drop_id = parse_uuid(request.args[0])
     if drop_id is None:
         raise FallThrough
+    request.record.drop_id = drop_id
     return drop_id
 
 

@@ -219,6 +219,9 @@ def headers(error: APIException) -> dict[str, str]:
 def problem_response(request: HttpRequest | Request, error: APIException) -> JsonResponse:
     """Render ``error`` as every part of the application answers it."""
     document = problem(error, getattr(request, "request_id", ""))
-    return JsonResponse(
+    response = JsonResponse(
         document, status=document["status"], headers=headers(error), content_type=CONTENT_TYPE
     )
+    # For the request's line and its metric.
+    response.problem_code = document["code"]  # type: ignore[attr-defined]
+    return response

@@ -23,6 +23,7 @@ from limits.strategies import MovingWindowRateLimiter
 
 from config.problems import RateLimited
 from config.redis import ask_redis, connection_pool
+from operations import metrics
 
 SHARE_ALONE = 0.1
 # Beyond this many keys the counts of a window are forgotten early.
@@ -56,6 +57,7 @@ class Limit:
         self.amount = self.item.amount
         self.seconds = self.item.get_expiry()
         self.alone = int(self.amount * SHARE_ALONE)
+        self._refusals = metrics.rate_limited.of(action, kind)
         self.policy = f'"{kind}";q={self.amount};w={self.seconds}'
         # Requests in this window of the clock, and in the one before it.
         self._counts: dict[str, int] = {}
@@ -111,6 +113,7 @@ class Limit:
         return windows.get_window_stats(self.item, self.action, self.kind, key).reset_time
 
     def refusal(self, seconds: float) -> RateLimited:
+        self._refusals.add()
         wait = max(1, math.ceil(seconds))
         return RateLimited(
             f"More than {self.amount} requests in {self.seconds} s from this {self.kind}.",

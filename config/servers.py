@@ -4,7 +4,7 @@ Each look inside is guarded: where a server is another one, or something about a
 is out of the ordinary, nothing is done and ASGI's ``send`` does what it always did.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
@@ -23,14 +23,17 @@ def daphne_protocol(send: Send) -> Any:
 
     Source: ``daphne.server.Server.create_application``.
     """
-    is_daphne = isinstance(send, partial) and _is_daphnes(type(send.args[0]))
-    return send.args[0] if is_daphne else None  # type: ignore[attr-defined]
+    if not isinstance(send, partial):
+        return None
+    protocol: Any = send.args[0]
+    kind: Any = type(protocol)
+    return protocol if _is_daphnes(kind) else None
 
 
 @lru_cache(8)
-def _is_daphnes(kind: Hashable) -> bool:
+def _is_daphnes(kind: type) -> bool:
     # Ours are made from daphne's (see config.daphne_requests).
-    return any(base.__module__.startswith("daphne.") for base in kind.__mro__)  # type: ignore[attr-defined]
+    return any(base.__module__.startswith("daphne.") for base in kind.__mro__)
 
 
 def quick_write(transport: Any) -> Write | None:

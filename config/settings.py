@@ -52,7 +52,9 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "config.middleware.RequestIdMiddleware",
+    "operations.middleware.RequestContext",
     "config.middleware.ContentSecurityPolicyMiddleware",
+    "operations.middleware.ProbeMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "config.middleware.StaticFilesMiddleware",
     "corsheaders.middleware.CorsMiddleware",
@@ -362,7 +364,7 @@ SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 12 * 3600
 # Redirect plain HTTP, and have browsers never try it again.
 SECURE_SSL_REDIRECT = env.boolean("HTTPS_ONLY", False)
-SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$", r"^metrics$"]
 SECURE_HSTS_SECONDS = 365 * 24 * 3600 if SECURE_SSL_REDIRECT else 0
 SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = SECURE_SSL_REDIRECT
 if TRUSTED_PROXIES:
@@ -388,11 +390,17 @@ USE_TZ = True
 
 # --- Logs -------------------------------------------------------------------------------
 
+LOG_LEVEL = env.text("LOG_LEVEL", "INFO").upper()
+# A line per request: in development nobody asked for it.
+REQUEST_LOG = env.boolean("REQUEST_LOG", not DEBUG)
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "filters": {"secrets": {"()": "config.logs.MaskSecrets"}},
+    "formatters": {"line": {"()": "config.logs.line_formatter", "is_json": not DEBUG}},
+    "filters": {
+        "secrets": {"()": "config.logs.MaskSecrets"},
+        "failures": {"()": "config.logs.OnlyFailures"},
+    },
     "handlers": {
         "stderr": {
             "class": "logging.StreamHandler",
@@ -400,11 +408,31 @@ LOGGING = {
             "filters": ["secrets"],
         }
     },
-    "root": {"handlers": ["stderr"], "level": env.text("LOG_LEVEL", "INFO").upper()},
+    "root": {"handlers": ["stderr"], "level": LOG_LEVEL},
     "loggers": {
+        # Django's own handlers would write everything a second time when DEBUG is on.
+        "django": {"level": "INFO", "handlers": [], "propagate": True},
         # Each refused request would be a line of its own here.
-        "django.request": {"level": "ERROR"},
+        "django.request": {"level": "ERROR", "filters": ["failures"]},
         "django.channels.server": {"level": "WARNING"},
         "daphne": {"level": "WARNING"},
+        # uvicorn brings handlers of its own, which write in their own way.
+        "uvicorn": {"level": "WARNING", "handlers": [], "propagate": True},
+        "uvicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
     },
 }
+
+# --- Metrics, errors and traces ---------------------------------------------------------
+
+# Whoever scrapes /metrics shows it; outside DEBUG there is no such page without one.
+METRICS_TOKEN = env.secret("METRICS_TOKEN")
+# Where processes of one machine share what they count; prometheus-client reads the same name.
+METRICS_DIR = env.folder("PROMETHEUS_MULTIPROC_DIR")
+# A port on which the expiry loop shows its own metrics; 0: none.
+EXPIRY_METRICS_PORT = env.integer("EXPIRY_METRICS_PORT", 0, minimum=0, maximum=65535)
+SENTRY_DSN = env.text("SENTRY_DSN", "")
+SENTRY_USER_IDS = env.boolean("SENTRY_USER_IDS", False)
+OTEL_EXPORTER_OTLP_ENDPOINT = env.text("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+# Our own line per request says it all; see operations.middleware.RequestContext.
+DJANGO_STRUCTLOG_IP_LOGGING_ENABLED = False
+DJANGO_STRUCTLOG_USER_ID_FIELD = None

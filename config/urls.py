@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 from django.conf import settings
 from django.contrib import admin
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, URLResolver, include, path, re_path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
@@ -14,13 +14,10 @@ from drf_spectacular.views import (
 from rest_framework.exceptions import APIException, NotFound, ParseError
 
 from config.problems import InternalError, problem_response
+from operations.exposition import metrics_view
+from operations.health import healthz, readyz
 from purchases.admin import audit_page
 from realtime.asyncapi import asyncapi_json, asyncapi_page
-
-
-def healthz(request: HttpRequest) -> JsonResponse:
-    """Say that this process answers; what it depends on is another question."""
-    return JsonResponse({"status": "ok"})
 
 
 @csrf_exempt
@@ -70,5 +67,7 @@ urlpatterns = [
     path("admin/audit/", audit_page, name="audit"),
     path("admin/", admin.site.urls),
     path("healthz", healthz),
+    path("readyz", readyz),
+    path("metrics", metrics_view),
     path("", include("storefront.urls")),
 ]

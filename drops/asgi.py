@@ -111,8 +111,15 @@ class DropReads:
 
     def routes(self) -> list[Route]:
         return [
-            Route("GET", re.compile(r"/api/drops/?"), self.list, "GET, POST, HEAD, OPTIONS"),
             Route(
+                "/api/drops",
+                "GET",
+                re.compile(r"/api/drops/?"),
+                self.list,
+                "GET, POST, HEAD, OPTIONS",
+            ),
+            Route(
+                "/api/drops/{id}",
                 "GET",
                 re.compile(r"/api/drops/([^/]+)/?"),
                 self.retrieve,
@@ -212,6 +219,7 @@ class DropReads:
         identity = identify(request.asking())
         if identity is None:
             return
+        request.record.user_id = identity.user_id
         now = time.monotonic()
         if self._users.get(identity.user_id, 0.0) < now:
             await sync_to_async(close_after(get_user), thread_sensitive=False)(identity)

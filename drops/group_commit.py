@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from django.db import DatabaseError, connection
 
 from config.problems import Busy, Unavailable, may_pass
+from operations import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Waiting:
     answer: asyncio.Future[Any]
     # Two requests with the same key never share a batch: the second needs the first's commit.
     key: Hashable | None
-    # By the event loop's clock.
+    # By the monotonic clock.
     since: float
 
     def fail(self, reason: Exception) -> None:
@@ -91,12 +92,12 @@ class Lane:
         """See to it that whoever waits for ``ANSWER_SECONDS`` is told so."""
         waiting = [one for one in (*self.in_flight, *self.queue) if not one.answer.done()]
         if self.timer is None and waiting:
-            due = min(one.since for one in waiting) + ANSWER_SECONDS
-            self.timer = asyncio.get_running_loop().call_at(due, self._give_up)
+            left = min(one.since for one in waiting) + ANSWER_SECONDS - time.monotonic()
+            self.timer = asyncio.get_running_loop().call_later(left, self._give_up)
 
     def _give_up(self) -> None:
         self.timer = None
-        long_ago = asyncio.get_running_loop().time() - ANSWER_SECONDS
+        long_ago = time.monotonic() - ANSWER_SECONDS
         for one in (*self.in_flight, *self.queue):
             if one.since <= long_ago:
                 # The batch may still be committed; that is what a repeat is safe for.
@@ -163,9 +164,8 @@ class GroupCommit:
         lane = self._apart.get(drop_id, self._together)
         if lane.expected_wait_seconds() > MAX_WAIT_SECONDS:
             raise Busy
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-        lane.queue.append(Waiting(drop_id, request, settle, answer, key, loop.time()))
+        answer = asyncio.get_running_loop().create_future()
+        lane.queue.append(Waiting(drop_id, request, settle, answer, key, time.monotonic()))
         if lane.timer is None:
             lane.watch()
         self._start(lane)
@@ -203,6 +203,10 @@ class GroupCommit:
             lane.executor, settle_apart, batch[0].settle, requests, lane.drop_id is not None
         )
         took = time.monotonic() - lane.started_at
+        # Once for the batch, not for each claim: the first has waited longest.
+        metrics.queue_wait_seconds.observe(lane.started_at - batch[0].since)
+        metrics.batch_claims.observe(len(batch))
+        metrics.batch_seconds.observe(took)
         lane.in_flight, lane.started_at = [], None
         lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
         for drop_id, of_drop in waiting.items():

@@ -43,6 +43,7 @@ async def admit(request: HotRequest, action: str) -> Identity:
     identity = identify(request.asking())
     if identity is None:
         raise FallThrough
+    request.record.user_id = identity.user_id
     if identity.signature is not None:
         await refuse_replay_soon(identity)
     request.answer_headers = await rate_limits().check_soon(
@@ -69,6 +70,7 @@ def key_of(request: HotRequest, identity: Identity) -> Key | None:
 
 
 async def settle_in_batch(
+    request: HotRequest,
     group: GroupCommit,
     drop_id: uuid.UUID,
     settle: Settle,
@@ -79,8 +81,10 @@ async def settle_in_batch(
     answer = await group.submit(drop_id, settle, claim, batch_key)
     if isinstance(answer, APIException):
         return answer
+    request.record.reservation_id = answer.reservation_id
     replayed = ((b"idempotent-replayed", b"true"),) if answer.is_replayed else ()
-    return HotAnswer(answer.status, answer.body.encode(), replayed)
+    code = "replayed" if replayed else "created" if answer.status == 201 else "repeated"
+    return HotAnswer(answer.status, answer.body.encode(), replayed, code=code)
 
 
 # Stands for the answer to a claim on a drop that somebody else keeps locked.

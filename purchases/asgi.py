@@ -32,7 +32,7 @@ class PurchaseEndpoint:
 
     def route(self) -> Route:
         pattern = re.compile(r"/api/drops/([^/]+)/purchase/?")
-        return Route("POST", pattern, self, methods="POST, OPTIONS")
+        return Route("/api/drops/{id}/purchase", "POST", pattern, self, methods="POST, OPTIONS")
 
     async def __call__(self, request: HotRequest) -> HotAnswer:
         drop_id = drop_id_of(request)
@@ -40,7 +40,7 @@ class PurchaseEndpoint:
         if json_object(request):
             raise FallThrough
         claim = HotClaim(identity, key_of(request, identity), identity.user_id)
-        outcome = await settle_in_batch(self.group, drop_id, settle_purchases, claim)
+        outcome = await settle_in_batch(request, self.group, drop_id, settle_purchases, claim)
         if isinstance(outcome, APIException):
             return problem_answer(outcome, request.request_id)
         return outcome
@@ -68,4 +68,5 @@ def encode(purchase: Purchase) -> Answer:
             "created_at": format_instant(purchase.created_at),
         }
     ).decode()
-    return Answer(201 if purchase.is_new else 200, body)
+    status = 201 if purchase.is_new else 200
+    return Answer(status, body, reservation_id=purchase.reservation_id)

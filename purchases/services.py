@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from django.db import connection, transaction
@@ -14,6 +15,7 @@ from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, StockAdjustment
 from drops.services import LockedDrop, lock_drop, lock_drops, save_drops
+from operations import metrics
 from purchases.exceptions import AlreadyRefunded
 from purchases.models import Purchase, PurchaseStatus
 from realtime.models import EventType
@@ -90,6 +92,8 @@ def purchase_on_drops(
     if bought:
         store(bought)
         save_drops(locked_drops.values(), bought[0].created_at)
+        ages = [(sold.created_at - sold.reservation.created_at).total_seconds() for sold in bought]
+        transaction.on_commit(partial(metrics.hold_age_seconds.of("purchase").observe_all, ages))
     return outcomes
 
 

@@ -64,10 +64,14 @@ class EventStreams:
             request = read_request(with_any_accept(scope), match.groups())
         except FallThrough:
             return await self.application(scope, receive, send)
+        record = request.record
+        record.lane, record.route = "stream", "/api/drops/{id}/events"
+        record.request_id = request.request_id
         try:
             stream = await open_stream(request)
         except Exception as exc:
             return await refuse(request, to_api_exception(exc), send)
+        record.status, record.drop_id = 200, stream.drop_id
         await stream.run(receive, send)
 
 
@@ -88,7 +92,7 @@ async def open_stream(request: HotRequest) -> "EventStream":
         raise NotFound
     after = read_after(request)
     address = request.client_address()
-    user_id = identity.user_id if identity else None
+    user_id = request.record.user_id = identity.user_id if identity else None
     await rate_limits().check_soon("socket", user_id, lambda: address)
     if open_connections.is_full:
         raise ProcessIsFull
@@ -115,6 +119,7 @@ def read_after(request: HotRequest) -> int | None:
 
 async def refuse(request: HotRequest, error: APIException, send: Send) -> None:
     answer = problem_answer(error, request.request_id)
+    request.record.status, request.record.code = answer.status, answer.code
     content_type = (b"content-type", answer.content_type or b"")
     length = (b"content-length", str(len(answer.body)).encode())
     headers = [content_type, length, *answer.headers, *common_headers(request)]

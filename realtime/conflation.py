@@ -2,6 +2,7 @@
 
 from collections import deque
 
+from operations import metrics
 from realtime.frames import STATES, EventFrame, Message
 
 # Waiting events of one drop that carry no state: purchases, expired holds.
@@ -16,13 +17,16 @@ class Waiting:
     The newest frame of all is always kept, so whoever gets the rest is up to date.
     """
 
-    __slots__ = ("singles", "states")
+    __slots__ = ("added", "singles", "states")
 
     def __init__(self, max_singles: int = MAX_WAITING_SINGLES) -> None:
+        # How many came, with those that are replaced or left out by now.
+        self.added = 0
         self.states: dict[str, EventFrame] = {}
         self.singles: deque[EventFrame] = deque(maxlen=max_singles)
 
     def add(self, frame: EventFrame) -> None:
+        self.added += 1
         if frame.type in STATES:
             self.states[frame.type] = frame
         else:
@@ -36,6 +40,7 @@ class Waiting:
         frames = sorted([*self.states.values(), *singles], key=lambda frame: frame.seq)
         self.states.clear()
         self.singles.clear()
+        self.added = 0
         return frames
 
 
@@ -115,6 +120,9 @@ class Outbox:
         if drop_id is None:
             return
         prev = self._after.pop(drop_id)
-        for frame in self._events.pop(drop_id).take():
+        waiting = self._events.pop(drop_id)
+        came, frames = waiting.added, waiting.take()
+        metrics.frames_dropped.add(came - len(frames))
+        for frame in frames:
             self._messages.append(frame.message_after(prev))
             prev = frame.seq

@@ -22,7 +22,7 @@ STATES = frozenset(
 class EventFrame:
     """One event of the log. Encoded when first sent, and only once, whatever its ``prev``."""
 
-    __slots__ = ("_at", "_body", "_message", "_prev", "data", "drop_id", "seq", "type")
+    __slots__ = ("_body", "_message", "_prev", "at", "data", "drop_id", "seq", "type")
 
     def __init__(
         self, drop_id: str, seq: int, event_type: str, at: datetime, data: dict[str, Any]
@@ -31,7 +31,7 @@ class EventFrame:
         self.seq = seq
         self.type = event_type
         self.data = data
-        self._at = at
+        self.at = at
         self._body = ""
         self._prev = -1
         self._message: Message = {}
@@ -39,7 +39,7 @@ class EventFrame:
     def text_after(self, prev: int) -> str:
         """Return the frame; ``prev`` is the ``seq`` of the frame sent before it."""
         if not self._body:
-            self._body = _dumps({"ts": self._at, "data": self.data})[1:]
+            self._body = _dumps({"ts": self.at, "data": self.data})[1:]
         return (
             f'{{"type":"{self.type}","dropId":"{self.drop_id}","seq":{self.seq},"prev":{prev},'
             f"{self._body}"

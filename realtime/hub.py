@@ -20,6 +20,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
+from operations import metrics
 from realtime import log, presence
 from realtime.conflation import Waiting
 from realtime.frames import (
@@ -129,6 +130,8 @@ class Hub:
         self._tasks: list[asyncio.Task] = []
         self._started: asyncio.Future[None] | None = None
         self.private = PrivateNews()
+        # By the monotonic clock, when this hub last knew all that the log tells.
+        self.level_at: float | None = None
 
     # --- Starting -----------------------------------------------------------------------
 
@@ -163,6 +166,7 @@ class Hub:
     async def _start(self) -> None:
         seqs = await database_sync_to_async(log.current_seqs)()
         self._feeds = {drop_id: Feed(seq) for drop_id, seq in seqs.items()}
+        self.level_at = time.monotonic()
         self._tasks = [
             asyncio.create_task(work)
             for work in (
@@ -305,6 +309,8 @@ class Hub:
             except Exception:
                 # Whatever it was, clients must not be left without events for it.
                 logger.exception("catching up failed; trying again")
+            else:
+                self.level_at = time.monotonic()
             self._forget_old()
 
     def _feed(self, drop_id: str) -> Feed:
@@ -440,6 +446,8 @@ class Hub:
                 await asyncio.sleep(1 / FRAMES_PER_SECOND)
             self._frames.spend()
             message = frame.message_after(prev)
+            metrics.event_lag_seconds.observe(max(0.0, time.time() - frame.at.timestamp()))
+            metrics.frames_sent.add(len(audience))
             for first in range(0, len(audience), SOCKETS_PER_SLICE):
                 for socket in audience[first : first + SOCKETS_PER_SLICE]:
                     socket.offer(frame, prev, message)
@@ -455,8 +463,10 @@ class Hub:
             feed.singles = Allowance(SINGLES_PER_SECOND, SINGLES_BURST)
         most = min(int(feed.singles.left()), max(5, SENDS_OF_SINGLES_PER_TURN // (sockets or 1)))
         feed.singles.spend(min(len(feed.waiting.singles), most))
+        had = feed.waiting.added
         frames = feed.waiting.take(most)
         self._frames_sent += len(frames)
+        metrics.frames_conflated.add(had - len(frames))
         chain = []
         for frame in frames:
             chain.append((feed.sent, frame))
@@ -513,3 +523,12 @@ _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakK
 def get_hub() -> Hub:
     """Return the hub of the running event loop."""
     return _hubs.setdefault(asyncio.get_running_loop(), Hub())
+
+
+def seconds_behind() -> float:
+    """Return how long ago a hub of this process last knew all events; 0 where none runs.
+
+    May be called in any thread.
+    """
+    level = [hub.level_at for loop, hub in list(_hubs.items()) if not loop.is_closed()]
+    return max((time.monotonic() - at for at in level if at is not None), default=0.0)

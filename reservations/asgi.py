@@ -37,7 +37,7 @@ class ReserveEndpoint:
 
     def route(self) -> Route:
         pattern = re.compile(r"/api/drops/([^/]+)/reserve/?")
-        return Route("POST", pattern, self, methods="POST, OPTIONS")
+        return Route("/api/drops/{id}/reserve", "POST", pattern, self, methods="POST, OPTIONS")
 
     async def __call__(self, request: HotRequest) -> HotAnswer:
         drop_id = drop_id_of(request)
@@ -47,7 +47,7 @@ class ReserveEndpoint:
         if refusal := self.memory.refusal(drop_id, claim, may_be_repeat=key is not None):
             return problem_answer(refusal, request.request_id)
         outcome = await settle_in_batch(
-            self.group, drop_id, settle_reserves, HotClaim(identity, key, claim)
+            request, self.group, drop_id, settle_reserves, HotClaim(identity, key, claim)
         )
         if isinstance(outcome, APIException):
             self.memory.learn(drop_id, outcome)
@@ -86,7 +86,8 @@ def settle_reserves(
 def encode(reservation: Reservation) -> Answer:
     """Return the answer with a hold: what ``ReservationSerializer`` says, without its cost."""
     body = orjson.dumps(represent(reservation)).decode()
-    return Answer(201 if reservation.is_new else 200, body)
+    status = 201 if reservation.is_new else 200
+    return Answer(status, body, reservation_id=reservation.pk)
 
 
 def represent(reservation: Reservation) -> dict[str, Any]:

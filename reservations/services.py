@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TypeVar
 
 from django.conf import settings
@@ -28,6 +29,7 @@ from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, DropStatus, Variant
 from drops.services import LockedDrop, change_drop, lock_drop, lock_drops, save_drops
+from operations import metrics
 from realtime.models import EventType
 from reservations.exceptions import (
     AlreadyReserved,
@@ -526,13 +528,16 @@ def expire_overdue(
         .select_for_update(skip_locked=True, no_key=True)
         # By the deadline alone, as the index has them: thousands may share one.
         .order_by("expires_at")
-        .values_list("pk", "variant_id", "quantity")
+        .values_list("pk", "variant_id", "quantity", "created_at", "expires_at")
     )
     own = list(holds.filter(user__in=own_first)) if own_first else []
-    others = holds.exclude(pk__in=[pk for pk, _, _ in own])[: max(0, limit - len(own))]
+    others = holds.exclude(pk__in=[pk for pk, *_ in own])[: max(0, limit - len(own))]
     overdue = own + list(others)
-    ids = [pk for pk, _, _ in overdue]
+    ids = [pk for pk, *_ in overdue]
     if ids:
+        ages = [(now - created_at).total_seconds() for *_, created_at, _ in overdue]
+        delays = [(now - expires_at).total_seconds() for *_, expires_at in overdue]
+        transaction.on_commit(partial(measure_expired, ages, delays))
         with connection.cursor() as cursor:
             # As one array: the ORM sends, and PostgreSQL plans, a parameter per id.
             cursor.execute(
@@ -540,7 +545,7 @@ def expire_overdue(
                 [ReservationStatus.EXPIRED, ids],
             )
     units: Counter[uuid.UUID] = Counter()
-    for pk, variant_id, quantity in overdue:
+    for pk, variant_id, quantity, _, _ in overdue:
         units[variant_id] += quantity
         locked.record(
             EventType.RESERVATION_EXPIRED,
@@ -549,6 +554,11 @@ def expire_overdue(
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
     return ids
+
+
+def measure_expired(ages: Sequence[float], delays: Sequence[float]) -> None:
+    metrics.hold_age_seconds.of("expiry").observe_all(ages)
+    metrics.expiry_delay_seconds.observe_all(delays)
 
 
 @dataclass(frozen=True, slots=True)

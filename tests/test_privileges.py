@@ -80,6 +80,9 @@ ROUTES = [
     Route("GET", "/admin/", (302,) * 5, is_api=False),
     Route("GET", "/admin/audit/", (302,) * 5, is_api=False),
     Route("GET", "/healthz", PUBLIC, is_api=False),
+    Route("GET", "/readyz?for=traffic", PUBLIC, is_api=False),
+    # In DEBUG, without a token; see operations/tests/test_metrics.py.
+    Route("GET", "/metrics", PUBLIC, is_api=False),
     Route("GET", "/", PUBLIC, is_api=False),
     Route("GET", "/drops/{drop}", PUBLIC, is_api=False),
     Route("GET", "/drops/{drop}/", (301,) * 5, is_api=False),
@@ -334,7 +337,8 @@ def test_the_table_names_every_route():
         *("api/^drops/(?P<drop_id>[^/]+)/events/?$", "api/^ws-ticket/?$"),
         *("api/^asyncapi/?$", "api/^asyncapi\\.json/?$"),
         *("api/^schema/?$", "api/^docs/?$", "api/^redoc/?$", "api/", "api"),
-        *("admin", "admin/", "admin/audit/", "healthz", ""),
+        *("admin", "admin/", "admin/audit/", ""),
+        *("healthz", "readyz", "metrics"),
         *("drops/<str:drop_id>", "drops/<str:drop_id>/", "drops/<str:drop_id>/holds"),
     }
     assert settings.DEBUG is True

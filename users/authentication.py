@@ -10,6 +10,7 @@ from rest_framework.request import Request
 from config.addresses import client_address
 from config.problems import CHALLENGES
 from config.rate_limits import rate_limits
+from operations.requests import record_of
 from users.identity import Asking, Identity, get_user, identify, raw_target
 from users.models import User
 from users.replays import refuse_replay
@@ -30,6 +31,7 @@ class IdentityAuthentication(BaseAuthentication):
         identity = identity_of(request._request)
         if identity is None:
             return None
+        record_of(getattr(request._request, "scope", {})).user_id = identity.user_id
         check_rate(request._request, request.parser_context["view"], identity)
         return get_user(identity), None
 

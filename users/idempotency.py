@@ -55,6 +55,8 @@ class Answer:
     status: int
     body: str
     is_replayed: bool = False
+    # For the request's line; of an answer from an earlier request nobody looks it up.
+    reservation_id: uuid.UUID | None = None
 
 
 def make_key(user_id: uuid.UUID, method: str, path: str, key: str, body: bytes) -> Key:

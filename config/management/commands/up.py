@@ -1,9 +1,11 @@
 import contextlib
 import ctypes
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -52,6 +54,7 @@ class Command(BaseCommand):
         with contextlib.ExitStack() as stack:
             self.start_servers(stack)
             self.prepare_database()
+            share_metrics(stack)
             self.say(f"Starting {server}")
             web = stack.enter_context(running(server_command(server, host, port, workers)))
             expiry = stack.enter_context(running(expiry_command()))
@@ -127,6 +130,14 @@ class Command(BaseCommand):
             )
         self.stdout.write("\nCtrl-C stops everything.")
         self.stdout.flush()
+
+
+def share_metrics(stack: contextlib.ExitStack) -> None:
+    """Give the processes a folder for what they count, empty at the start, gone at the end."""
+    if not settings.METRICS_DIR:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="drops-metrics-"))
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        stack.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR")
 
 
 def server_command(server: str, host: str, port: int, workers: int) -> list[str]:

@@ -8,6 +8,8 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from rich.console import Console
 from rich.table import Table
 
+from operations import heartbeats
+from operations.exposition import AUDIT
 from purchases.audit import Audit, audit_stock, pause_drifting
 
 
@@ -26,6 +28,10 @@ class Command(BaseCommand):
         audit = audit_stock(drop)
         if drop is not None and not audit.drops:
             raise CommandError(f"There is no drop {drop}.")
+        if drop is None:
+            # What /metrics tells from then on.
+            heartbeats.write(AUDIT, differences=len(audit.differences))
+            heartbeats.prune()
         paused = pause_drifting(audit) if settings.PAUSE_DRIFTING_DROPS else []
         if options["json"]:
             self.stdout.write(

@@ -9,6 +9,10 @@ from django.db import close_old_connections
 from config.problems import may_pass
 from config.stopping import StopRequest
 from drops.services import announce_windows
+from operations import metrics
+from operations.exposition import serve_metrics
+from operations.health import EXPIRY
+from operations.heartbeats import Pulse
 from reservations.services import (
     MAX_EXPIRED_PER_TRANSACTION,
     expire_all_due,
@@ -30,11 +34,17 @@ WINDOW_PAUSE_SECONDS = 0.5
 class Command(BaseCommand):
     # By the monotonic clock, when windows were last looked at.
     announced_at = 0.0
+    # Whether the last step could do its work; only then this process says that it lives.
+    is_working = False
 
     help = (
         "Return overdue units to stock, and announce windows that open and close, until "
         "stopped. Any number of copies may run."
     )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pulse = Pulse(EXPIRY)
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--once", action="store_true", help="expire what is due now, and end")
@@ -54,6 +64,8 @@ class Command(BaseCommand):
             count = sum(len(holds.reservation_ids) for holds in expire_all_due(batch))
             self.stdout.write(f"{count} reservations expired.")
             return
+        if settings.EXPIRY_METRICS_PORT:
+            serve_metrics(settings.EXPIRY_METRICS_PORT)
         logger.info("expiring reservations; stop with Ctrl-C")
         with StopRequest() as stop:
             while not stop.is_set:
@@ -73,6 +85,9 @@ class Command(BaseCommand):
     def announce(self) -> None:
         self.announced_at = time.monotonic()
         try:
+            if self.is_working:
+                self.pulse.beat()
+            metrics.flush()
             if told := announce_windows():
                 logger.info("%d windows opened or closed", told)
         except Exception as exc:
@@ -85,8 +100,10 @@ class Command(BaseCommand):
         """Expire one batch per drop; return how many seconds nothing more is due."""
         # Gives the connection back to the pool, which replaces it where it died.
         close_old_connections()
+        self.is_working = False
         try:
             swept = expire_due(batch)
+            self.is_working = True
             if any(len(holds.reservation_ids) >= batch for holds in swept):
                 return 0
             next_deadline = seconds_until_next_deadline()
