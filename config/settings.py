@@ -418,7 +418,8 @@ LOGGING = {
         "daphne": {"level": "WARNING"},
         # uvicorn brings handlers of its own, which write in their own way.
         "uvicorn": {"level": "WARNING", "handlers": [], "propagate": True},
-        "uvicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
+        # Nowhere: as long as somebody could read them, uvicorn makes a line for each request.
+        "uvicorn.access": {"level": "WARNING", "handlers": [], "propagate": False},
     },
 }
 

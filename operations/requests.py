@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from time import perf_counter, time
@@ -34,15 +35,16 @@ CLAIMS = {"/api/drops/{id}/reserve": "reserve", "/api/drops/{id}/purchase": "pur
 RECORD = "drops.record"
 
 
+@dataclass(slots=True)
 class Record:
     """What is known of one request; its attributes are the fields of the line."""
 
-    lane = "viewset"
-    route = "other"
-    status = 0
+    lane: str = "viewset"
+    route: str = "other"
+    status: int = 0
     # The outcome: an error's code, or created, repeated, replayed or ok.
-    code = ""
-    request_id = ""
+    code: str = ""
+    request_id: str = ""
     user_id: UUID | str | None = None
     drop_id: UUID | str | None = None
     reservation_id: UUID | str | None = None
