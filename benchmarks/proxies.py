@@ -111,9 +111,7 @@ def nginx(ports: Sequence[int], *, is_pinned: bool) -> Iterator[tuple[Process, i
 
 
 @contextmanager
-def _running(
-    program: str, port: int, file: str, text: str, *options: str
-) -> Iterator[Process]:
+def _running(program: str, port: int, file: str, text: str, *options: str) -> Iterator[Process]:
     path = find(program)
     if path is None:
         raise StackError(f"{program} is missing: apt-get install {program}.")
