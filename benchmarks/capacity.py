@@ -45,7 +45,7 @@ class Costs:
     purchase_bytes: float
     event_bytes: float
     wal_bytes_per_reserve: float
-    redis_bytes_per_user: float
+    redis_bytes_per_signature: float
     socket_kib: float
     process_mb: float
 
@@ -62,7 +62,7 @@ class Sale:
     """``users`` who all come within ``seconds``, evenly over ``drops``.
 
     Each reads the list once, keeps a socket to one drop and asks once for one unit; those who
-    get one purchase with the chance ``paying``.
+    get one purchase with the chance ``paying``. Each drop's requests go to one process.
     """
 
     users: int
@@ -131,7 +131,7 @@ def needs_of(sale: Sale, costs: Costs) -> Needs:
         )
         / 1e6,
         wal_mb_per_second=(reserves + purchases) * costs.wal_bytes_per_reserve / 1e6 / sale.seconds,
-        redis_mb=sale.users * costs.redis_bytes_per_user / 1e6,
+        redis_mb=(sale.users + purchases) * costs.redis_bytes_per_signature / 1e6,
         lock_busy=reserves / sale.drops / sale.seconds / costs.drop_reserves_per_second,
         processes_for=max(reasons, key=lambda reason: reasons[reason]),
     )

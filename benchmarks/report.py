@@ -83,6 +83,8 @@ def figure(value: float | None, unit: str = "") -> str:
     """Return ``value`` with three significant digits; whole from a hundred on."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}{unit}"
     if math.isnan(value):
         return "none"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0

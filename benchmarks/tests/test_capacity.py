@@ -27,7 +27,7 @@ COSTS = Costs(
     purchase_bytes=300,
     event_bytes=400,
     wal_bytes_per_reserve=1000,
-    redis_bytes_per_user=100,
+    redis_bytes_per_signature=100,
     socket_kib=20,
     process_mb=100,
 )
@@ -46,7 +46,7 @@ def test_adds_up_what_a_sale_takes():
     assert needs.web_gb == pytest.approx((3 * 100 + 10_000 * 20 / 1024) / 1024)
     assert needs.disk_mb == pytest.approx((1000 * 500 + 500 * 300 + 2000 * 400) / 1e6)
     assert needs.wal_mb_per_second == pytest.approx(0.15)
-    assert needs.redis_mb == pytest.approx(1.0)
+    assert needs.redis_mb == pytest.approx(1.05)
     assert needs.lock_busy == pytest.approx(1000 / 2 / 10 / 2000)
 
 
@@ -99,8 +99,10 @@ def test_the_formulas_name_every_cost():
 
     for field in fields(Costs):
         name = field.name
-        assert f"`{name}`" in text or name.endswith(("_postgres_ms", "_redis_ms")) or (
-            name == "wal_bytes_per_reserve"
+        assert (
+            f"`{name}`" in text
+            or name.endswith(("_postgres_ms", "_redis_ms"))
+            or (name == "wal_bytes_per_reserve")
         )
 
 

@@ -123,9 +123,7 @@ def test_the_event_log_can_be_partitioned(shell):
 
 def test_each_alert_has_its_runbook():
     _, alerts = OPERATIONS.read_text().split("\n## Alerts\n")
-    sections = dict(
-        re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", alerts, re.MULTILINE | re.DOTALL)
-    )
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", alerts, re.MULTILINE | re.DOTALL))
 
     assert set(sections) == ALERTS
     for name, text in sections.items():
