@@ -73,8 +73,8 @@ def shell(transactional_db, servers, tmp_path):
 def sell_some() -> None:
     drop = DropFactory(total_stock=5)
     for user in UserFactory.create_batch(3):
-        reserve(drop.pk, Claim(user))
-    purchase(drop.pk, user)
+        reserve(drop.pk, Claim(user.pk))
+    purchase(drop.pk, user.pk)
 
 
 QUERY = "SELECT total_stock, available_stock, sold_stock FROM drops_drop"
@@ -98,7 +98,7 @@ from drops.models import Drop
 from realtime.services import prune_events
 from reservations.services import Claim, reserve
 drop, user = Drop.objects.get(), get_user_model().objects.create(username="late")
-reserve(drop.pk, Claim(user))
+reserve(drop.pk, Claim(user.pk))
 print(*drop.events.order_by("seq").values_list("seq", flat=True))
 print(prune_events(24, 100))
 """
