@@ -52,7 +52,7 @@ def to_markdown(
         _goals([(result.title, goal) for result in results for goal in result.goals]),
         _problems([problem for result in results for problem in result.problems]),
         "## Machine and conditions",
-        _table(["", ""], [[name, value] for name, value in (machine | conditions).items()]),
+        markdown_table(["", ""], [[name, value] for name, value in (machine | conditions).items()]),
         "## Method",
         METHOD.strip(),
         *(_scenario(result) for result in results),
@@ -83,6 +83,8 @@ def figure(value: float | None, unit: str = "") -> str:
     """Return ``value`` with three significant digits; whole from a hundred on."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}{unit}"
     if math.isnan(value):
         return "none"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
@@ -91,7 +93,7 @@ def figure(value: float | None, unit: str = "") -> str:
 
 def _goals(goals: Sequence[tuple[str, Goal]]) -> str:
     sign = {"at least": "≥ ", "at most": "≤ ", "exactly": ""}
-    return _table(
+    return markdown_table(
         ["scenario", "figure", "median", "min to max", "goal", "stretch", ""],
         [
             [
@@ -118,7 +120,7 @@ def _scenario(result: Result) -> str:
     parts = [
         f"## {result.title}",
         textwrap.fill(result.method, 100),
-        _runs(result.rows),
+        runs_table(result.rows),
         "\n".join(
             f"- {goal.title}: **{figure(goal.median, goal.unit)}** "
             f"({figure(min(goal.values))} to {figure(max(goal.values))}), {verdict(goal)}."
@@ -140,21 +142,24 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
 }
 
 
-def _runs(rows: dict[str, list[Run]]) -> str:
+def runs_table(
+    rows: dict[str, list[Run]],
+    columns: dict[str, Callable[[Run], float | None]] = COLUMNS,
+) -> str:
     """Return the medians of each kind of run; of the throughput also the smallest and largest."""
     lines = []
     for name, runs in rows.items():
         line = [name]
-        for column, read in COLUMNS.items():
+        for column, read in columns.items():
             values = [value for value in map(read, runs) if value is not None]
             text = figure(statistics.median(values)) if values else "–"
             if column == "per second" and len(values) > 1:
                 text += f" ({figure(min(values))} to {figure(max(values))})"
             line.append(text)
         lines.append(line)
-    return _table(["run", *COLUMNS], lines)
+    return markdown_table(["run", *columns], lines)
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -157,7 +157,7 @@ def pgbench_run(bench: Bench, rates: dict[int, list[float]]) -> Run:
     runs = []
     for clients, seen in rates.items():
         (hot,) = bench.stack.fresh()
-        usage = Usage(bench.stack, None)
+        usage = Usage(bench.stack)
         done = run_pgbench(
             program,
             bench.stack.database,

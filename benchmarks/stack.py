@@ -156,6 +156,13 @@ class Stack:
             raise StackError("PostgreSQL is not running.")
         return pid
 
+    @property
+    def valkey_pid(self) -> int:
+        pid = self._servers.valkey_pid
+        if pid is None:
+            raise StackError("Valkey is not running.")
+        return pid
+
     def __enter__(self) -> "Stack":
         self._servers.start(self._say)
         try:
@@ -364,14 +371,12 @@ class Stack:
         return statistics.median(times)
 
 
-@dataclass
 class Usage:
-    """CPU seconds of the web server and of PostgreSQL, from ``start`` on."""
+    """CPU seconds of the web servers and of PostgreSQL, from the start of this object on."""
 
-    stack: Stack
-    web: WebServer | None
-
-    def __post_init__(self) -> None:
+    def __init__(self, stack: Stack, *web: Process) -> None:
+        self.stack = stack
+        self.web = web
         self._web_before = self._web_seconds()
         self._postgres_before = cpu_seconds(self.stack.postgres_pid)
 
@@ -385,10 +390,10 @@ class Usage:
 
     @property
     def web_mb(self) -> float:
-        return resident_mb(self.web.pid) if self.web else 0.0
+        return sum(resident_mb(server.pid) for server in self.web)
 
     def _web_seconds(self) -> float:
-        return cpu_seconds(self.web.pid) if self.web else 0.0
+        return sum(cpu_seconds(server.pid) for server in self.web)
 
 
 def answers(port: int) -> bool:

@@ -66,7 +66,7 @@ def check_connection_limit(app_configs: Any, **kwargs: Any) -> list[CheckMessage
 
     Run by ``migrate``, and by ``check --database default``.
     """
-    if "default" not in (kwargs.get("databases") or ()):
+    if "default" not in (kwargs.get("databases") or ()) or settings.DATABASE_POOLER != "none":
         return []
     pool = settings.DATABASES["default"]["OPTIONS"].get("pool", {}).get("max_size", 1)
     # Each web process has its pool; the expiry loop has a connection of its own.
@@ -88,3 +88,24 @@ def check_connection_limit(app_configs: Any, **kwargs: Any) -> list[CheckMessage
     )
     hint = "Lower DATABASE_POOL_SIZE, or raise max_connections."
     return [Warning(message, hint=hint, id="drops.W003")]
+
+
+@register(Tags.database)
+def check_timeouts(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
+    """Look for the timeouts that a pooler does not pass on: without them one lock stops a drop."""
+    if "default" not in (kwargs.get("databases") or ()):
+        return []
+    names = ["lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"]
+    try:
+        with connections["default"].cursor() as cursor:
+            cursor.execute(
+                "SELECT name FROM unnest(%s::text[]) AS name WHERE current_setting(name) = '0'",
+                [names],
+            )
+            missing = [name for (name,) in cursor.fetchall()]
+    except (OperationalError, PoolTimeout):
+        return []
+    if not missing:
+        return []
+    hint = "Set them for the role, with ALTER ROLE ... SET, as in docs/scaling.md."
+    return [Warning(f"Not set: {', '.join(missing)}.", hint=hint, id="drops.W004")]

@@ -146,6 +146,11 @@ DATABASE_TIMEOUTS = (
     "-c lock_timeout=2s -c statement_timeout=15s -c idle_in_transaction_session_timeout=10s"
 )
 
+# PgBouncer in transaction mode gives each transaction another session, so nothing may be kept in
+# one: no prepared statements, no cursors between transactions, and the timeouts come from the
+# role (docs/scaling.md). A session of their own is what processes expect otherwise.
+DATABASE_POOLER = env.choice("DATABASE_POOLER", "none", ("none", "pgbouncer"))
+HAS_SESSIONS = DATABASE_POOLER == "none"
 # Web processes of this installation in all, for ``manage.py check`` to count connections.
 WEB_PROCESSES = env.integer("WEB_PROCESSES", 1, minimum=1, maximum=1000)
 _database = database_settings()
@@ -157,6 +162,7 @@ DATABASES = {
         # the pool replaces them. Without health checks it hands out dead connections.
         "CONN_MAX_AGE": 0,
         "CONN_HEALTH_CHECKS": True,
+        "DISABLE_SERVER_SIDE_CURSORS": not HAS_SESSIONS,
         "OPTIONS": {
             "pool": {
                 "min_size": 1,
@@ -170,9 +176,9 @@ DATABASES = {
             # Lets PostgreSQL keep the plans of the busy statements, and sends arrays as they
             # are instead of writing them into the SQL text.
             "server_side_binding": True,
-            "prepare_threshold": 5,
-            "options": DATABASE_TIMEOUTS,
+            "prepare_threshold": 5 if HAS_SESSIONS else None,
         }
+        | ({"options": DATABASE_TIMEOUTS} if HAS_SESSIONS else {})
         | _database.get("OPTIONS", {}),
     }
 }

@@ -59,6 +59,24 @@ def use_ticket(value: str) -> uuid.UUID | None:
     return row[0] if row else None
 
 
+def prune_tickets(limit: int) -> int:
+    """Delete at most ``limit`` tickets that nobody used in time; return how many."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            DELETE FROM realtime_socketticket
+            WHERE digest IN (
+                SELECT digest FROM realtime_socketticket
+                WHERE expires_at < clock_timestamp()
+                LIMIT %s
+                FOR UPDATE SKIP LOCKED
+            )
+            """,
+            [limit],
+        )
+        return cursor.rowcount
+
+
 def digest_of(value: str) -> bytes:
     return hashlib.sha256(value.encode()).digest()
 

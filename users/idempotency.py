@@ -241,6 +241,28 @@ def give_back_keys(keys: Sequence[Key]) -> None:
         IdempotencyKey.objects.filter(_are(keys)).delete()
 
 
+def prune_keys(limit: int) -> int:
+    """Delete at most ``limit`` keys whose time is up; return how many.
+
+    Such a key counts as new, so nobody misses it. One that a request is about to renew is
+    locked, and left alone.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            DELETE FROM users_idempotencykey
+            WHERE id IN (
+                SELECT id FROM users_idempotencykey
+                WHERE created_at < now() - make_interval(hours => %s)
+                ORDER BY created_at LIMIT %s
+                FOR UPDATE SKIP LOCKED
+            )
+            """,
+            [settings.IDEMPOTENCY_KEY_HOURS, limit],
+        )
+        return cursor.rowcount
+
+
 def _read_answers(keys: Sequence[Key]) -> dict[tuple[uuid.UUID, str, str], IdempotencyKey]:
     rows = IdempotencyKey.objects.filter(_are(keys))
     return {(row.user_id, row.route, row.key): row for row in rows}

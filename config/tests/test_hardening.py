@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.core.asgi import get_asgi_application
+from django.db import connection
 from django.test import override_settings
 
 from config import checks
@@ -169,6 +170,20 @@ def test_counts_the_connections_of_all_processes(db, settings):
     settings.WEB_PROCESSES = 1000
     assert found() == ["drops.W003"]
     assert checks.check_connection_limit(None) == []
+    # Its connections are those of the pooler.
+    settings.DATABASE_POOLER = "pgbouncer"
+    assert found() == []
+
+
+def test_misses_timeouts_that_a_pooler_kept_to_itself(db):
+    def found():
+        return [m.msg for m in checks.check_timeouts(None, databases=["default"])]
+
+    assert found() == []
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL lock_timeout = 0")
+    assert found() == ["Not set: lock_timeout."]
+    assert checks.check_timeouts(None) == []
 
 
 # --- Browsers ---------------------------------------------------------------------------
