@@ -1,8 +1,8 @@
 """Slow, endless and countless clients: honest ones hardly notice, and nothing is left behind.
 
-``ABUSE=short pytest tests/test_abuse.py`` takes seconds, and CI runs it. ``ABUSE=full``, with
-``-n0``, opens 2,000 sockets, and also compares what an honest user waits with and without all
-of that; for that the machine must do nothing else.
+``pytest -m slow tests/test_abuse.py`` takes seconds, and CI runs it. ``ABUSE=full``, with ``-n0``,
+opens 2,000 sockets, and also compares what an honest user waits with and without all of that;
+for that the machine must do nothing else.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from users.tests.factories import UserFactory
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.django_db(transaction=True),
-    pytest.mark.skipif("ABUSE" not in os.environ, reason="runs with ABUSE=short or full"),
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.timeout(300),
 ]

@@ -1,7 +1,8 @@
 """Requests of every shape that the OpenAPI document allows, and of shapes that it doesn't.
 
 Each identity mode is asked by the hot routes, as a server calls them: no 5xx, and nothing
-that the document doesn't say. ``FUZZ_CASES=20000 pytest tests/test_fuzz.py`` asks for longer.
+that the document doesn't say. ``FUZZ_CASES=20000 pytest -m slow tests/test_fuzz.py``
+asks for longer.
 """
 
 import asyncio
