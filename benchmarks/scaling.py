@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -309,10 +309,14 @@ def bytes_per_signature() -> float:
     from config.redis import client
     from users.replays import use_all
 
-    before = client().info("memory")["used_memory"]
+    def used() -> int:
+        memory: Any = client().info("memory")
+        return memory["used_memory"]
+
+    before = used()
     for _ in range(SIGNATURES // 100):
         use_all([secrets.token_bytes(32) for _ in range(100)])
-    return (client().info("memory")["used_memory"] - before) / SIGNATURES
+    return (used() - before) / SIGNATURES
 
 
 def sized_pairs(bench: Bench, bytes_per_row: dict[str, list[float]]) -> Run:
