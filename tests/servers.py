@@ -149,6 +149,20 @@ class WebServer(Process):
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
 
+class Served(WebServer):
+    """A web server as production starts it, by ``manage.py serve`` with its ``options``."""
+
+    def __init__(
+        self, server: str, *options: str, port: int | None = None, **environment: str
+    ) -> None:
+        self.server = server
+        self.port = port or free_port()
+        command = ("manage.py", "serve", "--server", server, "--port", str(self.port), *options)
+        Process.__init__(self, *command, **environment)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.ws_url = f"ws://127.0.0.1:{self.port}"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -20,7 +20,7 @@ from config.stopping import StopRequest
 from drops.models import Drop
 
 START_TIMEOUT_SECONDS = 30
-STOP_TIMEOUT_SECONDS = 20
+STOP_TIMEOUT_SECONDS = settings.SHUTDOWN_SECONDS + 5
 RESTART_PAUSE_SECONDS = 1
 
 # Loaded here, because between fork and exec a library can't be loaded safely.
@@ -130,6 +130,7 @@ class Command(BaseCommand):
 
 
 def server_command(server: str, host: str, port: int, workers: int) -> list[str]:
+    """Return the arguments with which Python runs a web server, its module first."""
     if server == "daphne":
         return ["-m", "daphne", "-v", "0", "-b", host, "-p", str(port), "config.asgi:application"]
     return [
@@ -139,7 +140,7 @@ def server_command(server: str, host: str, port: int, workers: int) -> list[str]
         *("--ws", "websockets-sansio", "--ws-max-size", str(settings.SOCKET_MESSAGE_BYTES)),
         # Small frames hardly shrink, and each socket would pay for it with memory and time.
         *("--ws-per-message-deflate", "false"),
-        *("--timeout-graceful-shutdown", str(STOP_TIMEOUT_SECONDS - 5)),
+        *("--timeout-graceful-shutdown", str(settings.SHUTDOWN_SECONDS)),
     ]
 
 
