@@ -1,9 +1,11 @@
 """A web server that is told to stop: who waits is answered, nobody new comes in."""
 
+import json
+import select
 import signal
 import socket
-import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +20,6 @@ from reservations.models import Reservation
 from tests.concurrency import another_session
 from tests.servers import Process, Served, WebServer, free_port, running_web_servers
 from tests.test_hot_faults import commits_that_can_be_held
-from users.tests.factories import UserFactory
 
 pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
 
@@ -43,24 +44,29 @@ def server_of(way: str) -> Iterator[WebServer]:
         yield server
 
 
-@contextmanager
-def reserving(server: WebServer, drop: Drop) -> Iterator[list[httpx.Response]]:
-    """Let customers reserve, whose commits somebody holds up; the answers come into the list."""
-    answers: list[httpx.Response] = []
+def ask_to_reserve(server: WebServer, drop: Drop) -> socket.socket:
+    customer = server.connect()
+    customer.sendall(
+        f"POST /api/drops/{drop.pk}/reserve HTTP/1.1\r\nHost: localhost\r\n"
+        f"X-User-Id: {uuid.uuid4()}\r\nContent-Length: 0\r\n\r\n".encode()
+    )
+    return customer
 
-    def reserve() -> None:
-        headers = {"X-User-Id": str(UserFactory.build().pk)}
-        with httpx.Client(trust_env=False, timeout=20) as client:
-            answers.append(
-                client.post(f"{server.url}/api/drops/{drop.pk}/reserve", headers=headers)
-            )
 
-    customers = [threading.Thread(target=reserve) for _ in range(CUSTOMERS)]
-    for customer in customers:
-        customer.start()
-    yield answers
-    for customer in customers:
-        customer.join()
+def wait_until_read(server: WebServer) -> None:
+    """Return when the server has read what was sent to it before: it now reads what came later."""
+    for _ in range(10):  # so that each of several processes gets one of these
+        assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+
+
+def last_answer(customer: socket.socket) -> tuple[int, dict]:
+    """Return the status and the document of an answer after which the connection is closed."""
+    received = b""
+    while chunk := customer.recv(65_536):
+        received += chunk
+    customer.close()
+    head, _, body = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> None:
@@ -109,22 +115,24 @@ def test_a_server_that_stops_answers_what_it_has_begun_and_begins_nothing(way):
         idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert idle.recv(4096).startswith(b"HTTP/1.1 200")
         holder.execute("SELECT pg_advisory_xact_lock(42)")
-        with reserving(server, drop) as answers:
-            # One batch stands before its commit; the others wait for its end.
-            wait_until(lambda: count_blocked(holder) > 0)
-            server.send_signal(signal.SIGTERM)
+        customers = [ask_to_reserve(server, drop) for _ in range(CUSTOMERS)]
+        # One batch stands before its commit; the others wait for its end.
+        wait_until(lambda: count_blocked(holder) > 0)
+        wait_until_read(server)
+        server.send_signal(signal.SIGTERM)
 
-            assert close_code(watcher) == close_code(other_watcher) == 1012
-            assert "event: SNAPSHOT" in list(lines)  # and a proper end
-            assert idle.recv(4096) == b""
-            if "--workers" not in way:  # Of several, the parent keeps the port until all are done.
-                wait_until(lambda: is_refused(server))
-            assert answers == []
-            assert server.is_running
-            holder.execute("ROLLBACK")
+        assert close_code(watcher) == close_code(other_watcher) == 1012
+        assert "event: SNAPSHOT" in list(lines)  # and a proper end
+        assert idle.recv(4096) == b""
+        if "--workers" not in way:  # Of several, the parent keeps the port until all are done.
+            wait_until(lambda: is_refused(server))
+        assert server.is_running
+        assert not select.select(customers, [], [], 0)[0]
+        holder.execute("ROLLBACK")
 
-        assert [answer.status_code for answer in answers] == [201] * CUSTOMERS
-        told = {answer.json()["id"] for answer in answers}
+        answers = [last_answer(customer) for customer in customers]
+        assert [status for status, _ in answers] == [201] * CUSTOMERS
+        told = {document["id"] for _, document in answers}
         assert told == {str(pk) for pk in Reservation.objects.values_list("pk", flat=True)}
         assert server.wait(15) == 0, server.log
         assert "Traceback" not in server.log
@@ -137,7 +145,7 @@ def count_blocked(session) -> int:
 
 @pytest.mark.parametrize("server_name", ["daphne", "uvicorn"])
 def test_an_answer_that_takes_too_long_does_not_keep_a_server_alive(server_name):
-    drop, user = DropFactory(), UserFactory()
+    drop = DropFactory()
     with (
         running_web_servers(Served(server_name, SHUTDOWN_SECONDS="1", HOT_ROUTES="false")) as (
             server,
@@ -145,11 +153,7 @@ def test_an_answer_that_takes_too_long_does_not_keep_a_server_alive(server_name)
         another_session() as session,
     ):
         session.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [drop.pk])
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as customer:
-            customer.sendall(
-                f"POST /api/drops/{drop.pk}/reserve HTTP/1.1\r\nHost: localhost\r\n"
-                f"X-User-Id: {user.pk}\r\nContent-Length: 0\r\n\r\n".encode()
-            )
+        with ask_to_reserve(server, drop):
             query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
             wait_until(lambda: session.execute(query).fetchone()[0] > 0)
             started = time.monotonic()
