@@ -86,7 +86,7 @@ def play(
 ) -> list:
     # Only now may anything of the project be imported: the stack has set Django up.
     from tests.interleaving import world
-    from tests.torture import endurance, faults, promises, proofs, upkeep
+    from tests.torture import deploy, endurance, faults, promises, proofs, upkeep
     from tests.torture.run import Run
 
     run = Run(stack, seed, options.short, options.minutes, say)
@@ -101,6 +101,7 @@ def play(
         "triples": proofs.triples,
         "storm": promises.storm,
         "kills": faults.kills,
+        "deploy": deploy.rolling_restarts,
         "failpoints": faults.failpoints,
         "expiry": faults.expiry,
         "clocks": promises.clocks,
