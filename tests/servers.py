@@ -195,13 +195,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def session_web_servers(django_db_setup, django_db_blocker) -> Iterator[tuple[WebServer, ...]]:
+def session_web_servers(
+    request, django_db_setup, django_db_blocker
+) -> Iterator[tuple[WebServer, ...]]:
+    if request.config.getoption("through_proxy"):
+        # Two processes are behind it.
+        yield (request.getfixturevalue("proxied"),) * 2
+        return
     with running_web_servers(WebServer(), WebServer()) as servers:
         yield servers
 
 
 @pytest.fixture(scope="session")
-def session_uvicorn(django_db_setup, django_db_blocker) -> Iterator[WebServer]:
+def session_uvicorn(request, django_db_setup, django_db_blocker) -> Iterator[WebServer]:
+    if request.config.getoption("through_proxy"):
+        yield request.getfixturevalue("proxied")
+        return
     with running_web_servers(WebServer("uvicorn")) as (server,):
         yield server
 

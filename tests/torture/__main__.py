@@ -51,6 +51,10 @@ def main() -> int:
     if not (options.short or options.only or options.interleaving):
         REPORT.write_text(to_markdown(results, conditions))
         console.print(f"Written: {REPORT.relative_to(BASE_DIR)}")
+    else:
+        for result in results:
+            for fact in result.facts:
+                console.print(f"{result.name}: {fact}", markup=False)
     problems = [f"{r.name}: {text}" for r in results for text in problems_of(r)]
     for problem in problems:
         console.print(problem, markup=False, style="red")

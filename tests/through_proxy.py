@@ -1,0 +1,155 @@
+"""``pytest --through-proxy``: the black-box tests, through nginx to two uvicorn processes.
+
+A pytest plugin (see the root ``conftest.py``). With the option only those tests run that speak to
+the application as its clients do, by sockets or by API clients, whose requests then go over HTTP
+as well. What looks behind the proxy says so with ``without_proxy``.
+"""
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from django.http import HttpResponse
+
+from deploy.local import Topology, TopologyError, production_settings
+
+BLACK_BOX = {"client_of", "web_server", "web_servers", "session_web_servers", "session_uvicorn"}
+# The tests have one address and few users, who ask often; some ask for another site's pages.
+UNLIMITED = {
+    f"RATE_LIMIT_{action}{whose}": "off"
+    for action in ("RESERVE", "PURCHASE", "CREATE", "SOCKET")
+    for whose in ("", "_PER_ADDRESS")
+} | {"SOCKETS_PER_ADDRESS": "0", "CORS_ORIGINS": "*", "PUBLIC_USER_IDS": "plain"}
+# Of the connection, not of the request or the answer.
+HOP_BY_HOP = {"connection", "content-length", "date", "server", "transfer-encoding"}
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--through-proxy",
+        action="store_true",
+        help="run the black-box tests, and only them, through nginx to two processes",
+    )
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "without_proxy(why): looks behind a proxy, or needs none")
+
+
+def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
+    if not config.getoption("through_proxy"):
+        return
+    chosen, others = [], []
+    for item in items:
+        is_black_box = BLACK_BOX & set(getattr(item, "fixturenames", ()))
+        # The second kind of server would be the same proxy once more.
+        is_repeated = "[daphne" in item.name
+        is_chosen = (
+            is_black_box and not is_repeated and not item.get_closest_marker("without_proxy")
+        )
+        (chosen if is_chosen else others).append(item)
+    for item in chosen:
+        # The processes see only what is committed.
+        item.add_marker(pytest.mark.django_db(transaction=True), append=False)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
+
+
+class Proxied:
+    """The topology's public port, in the place of a ``WebServer``."""
+
+    name = server = "nginx"
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.port = topology.port
+        self.url = topology.url
+        self.ws_url = topology.url.replace("http", "ws", 1)
+
+    @property
+    def is_running(self) -> bool:
+        return all(part.is_running for part in self.topology.parts)
+
+    @property
+    def lines(self) -> list[str]:
+        """The first lines of all tracebacks: who counts them sees a new one."""
+        lines = self.log.splitlines()
+        return [line for line in lines if "Traceback" in line]
+
+    @property
+    def log(self) -> str:
+        return "\n".join(part.log for part in self.topology.parts)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+
+@pytest.fixture(scope="session")
+def proxied(django_db_setup, django_db_blocker) -> Iterator[Proxied]:
+    from django.conf import settings
+
+    from tests.servers import database_url, free_port
+
+    port = free_port()
+    environment = production_settings(port) | UNLIMITED
+    environment |= {
+        "DJANGO_SETTINGS_MODULE": "config.settings",
+        "DATABASE_URL": database_url(),
+        "REDIS_URL": settings.REDIS_URL,
+        "CHANNEL_PREFIX": settings.CHANNEL_PREFIX,
+        # Tests sign in by making a session.
+        "SECRET_KEY": settings.SECRET_KEY,
+        "ALLOWED_HOSTS": "localhost,127.0.0.1,testserver",
+    }
+    try:
+        # Many tests are about holds that nobody has expired yet.
+        with Topology(environment, port, expiry_loops=0) as topology:
+            yield Proxied(topology)
+    except TopologyError as exc:
+        pytest.exit(str(exc), returncode=1)
+
+
+class SendOverHttp:
+    """A handler of Django's test client that sends each request to a server."""
+
+    def __init__(self, url: str) -> None:
+        self.client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+
+    def __call__(self, environ: dict[str, Any]) -> HttpResponse:
+        target = environ["PATH_INFO"].encode("latin-1")
+        if query := environ.get("QUERY_STRING"):
+            target += b"?" + query.encode()
+        answer = self.client.send(
+            self.client.build_request(
+                environ["REQUEST_METHOD"],
+                httpx.URL(self.client.base_url).copy_with(raw_path=quoted(target)),
+                headers=headers_of(environ),
+                content=environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)),
+            )
+        )
+        response = HttpResponse(answer.content, status=answer.status_code)
+        del response["Content-Type"]
+        for name, value in answer.headers.multi_items():
+            if name not in HOP_BY_HOP and name != "set-cookie":
+                response[name] = value
+        for cookie in answer.headers.get_list("set-cookie"):
+            response.cookies.load(cookie)
+        return response
+
+
+def headers_of(environ: dict[str, Any]) -> list[tuple[bytes, bytes]]:
+    given = {
+        name.removeprefix("HTTP_").replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_") or name == "CONTENT_TYPE"
+    }
+    headers = {"host": environ["SERVER_NAME"], "user-agent": "tests"} | given
+    headers["accept"] = headers.get("accept", "*/*")
+    return [(name.encode(), str(value).encode("latin-1")) for name, value in headers.items()]
+
+
+def quoted(target: bytes) -> bytes:
+    """Return the target with what no request line can hold written as %XX."""
+    return b"".join(bytes([byte]) if 0x21 <= byte < 0x7F else b"%%%02X" % byte for byte in target)
