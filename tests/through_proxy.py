@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from django.core.handlers.wsgi import WSGIRequest
 from django.http import HttpResponse
 
 from deploy.local import Topology, TopologyError, production_settings
@@ -130,6 +131,7 @@ class SendOverHttp:
             )
         )
         response = HttpResponse(answer.content, status=answer.status_code)
+        response.wsgi_request = WSGIRequest(environ)
         del response["Content-Type"]
         for name, value in answer.headers.multi_items():
             if name not in HOP_BY_HOP and name != "set-cookie":

@@ -7,7 +7,7 @@ from daphne.cli import CommandLineInterface
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from config.management.commands.up import server_command
+from config.serving import server_command
 
 
 class Command(BaseCommand):
@@ -15,9 +15,6 @@ class Command(BaseCommand):
         "Run one web server, for production. SIGTERM has it answer what is in flight, close "
         "its sockets with 1012 and exit with 0."
     )
-
-    # A web server must start also while the database is away.
-    requires_system_checks = []
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
