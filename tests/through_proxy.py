@@ -87,15 +87,15 @@ class Proxied:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
 
-@pytest.fixture(scope="session")
-def proxied(django_db_setup, django_db_blocker) -> Iterator[Proxied]:
+def settings_of_this_run(port: int) -> dict[str, str]:
+    """Return production's settings, on the test database."""
     from django.conf import settings
 
-    from tests.servers import database_url, free_port
+    from tests.servers import database_url
 
-    port = free_port()
-    environment = production_settings(port) | UNLIMITED
-    environment |= {
+    return {
+        **production_settings(port),
+        **UNLIMITED,
         "DJANGO_SETTINGS_MODULE": "config.settings",
         "DATABASE_URL": database_url(),
         "REDIS_URL": settings.REDIS_URL,
@@ -104,9 +104,16 @@ def proxied(django_db_setup, django_db_blocker) -> Iterator[Proxied]:
         "SECRET_KEY": settings.SECRET_KEY,
         "ALLOWED_HOSTS": "localhost,127.0.0.1,testserver",
     }
+
+
+@pytest.fixture(scope="session")
+def proxied(django_db_setup, django_db_blocker) -> Iterator[Proxied]:
+    from tests.servers import free_port
+
+    port = free_port()
     try:
         # Many tests are about holds that nobody has expired yet.
-        with Topology(environment, port, expiry_loops=0) as topology:
+        with Topology(settings_of_this_run(port), port, expiry_loops=0) as topology:
             yield Proxied(topology)
     except TopologyError as exc:
         pytest.exit(str(exc), returncode=1)
