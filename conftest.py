@@ -3,7 +3,9 @@
 import pytest
 from rest_framework.test import APIClient
 
-pytest_plugins = ["tests.servers"]
+from tests.through_proxy import SendOverHttp
+
+pytest_plugins = ["tests.servers", "tests.through_proxy"]
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
@@ -33,8 +35,10 @@ def django_db_modify_db_settings(servers):
 
 
 @pytest.fixture(scope="session")
-def handler():
+def handler(request):
     """One handler for all API clients: each of its own would list the static files anew."""
+    if request.config.getoption("through_proxy"):
+        return SendOverHttp(request.getfixturevalue("proxied").url)
     return APIClient().handler
 
 

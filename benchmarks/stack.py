@@ -250,7 +250,7 @@ class Stack:
         **environment: object,
     ) -> Iterator[WebServer]:
         """Run a web server for the time of the block, as ``manage.py up`` does."""
-        from config.management.commands.up import server_command
+        from config.serving import server_command
 
         port = free_port()
         command = [

@@ -13,7 +13,7 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
-from config import daphne_requests  # noqa: E402
+from config import daphne_requests, daphne_stopping  # noqa: E402
 from config.body_limit import Application, BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
@@ -53,9 +53,10 @@ def observed(application: Application) -> RequestLog:
     return RequestLog(application, samplers=SAMPLERS, observers=observers)
 
 
-# daphne reads its listener's class when it starts, after it has imported this module.
+# daphne reads these classes when it starts, after it has imported this module.
 if "daphne.server" in sys.modules:
     daphne_requests.install()
+    daphne_stopping.install()
 
 application = observed(
     ProtocolTypeRouter(

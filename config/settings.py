@@ -283,6 +283,8 @@ MAX_HEADER_BYTES = 32 * 1024
 MAX_JSON_DEPTH = 8
 # For a request to arrive in full, where the server is daphne.
 REQUEST_SECONDS = env.integer("REQUEST_SECONDS", 30, minimum=1, maximum=600)
+# What a web process that is told to stop gives the requests it has begun.
+SHUTDOWN_SECONDS = env.integer("SHUTDOWN_SECONDS", 20, minimum=1, maximum=600)
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["users.authentication.IdentityAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["users.authentication.IsIdentifiedOrReadOnly"],

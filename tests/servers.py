@@ -149,6 +149,20 @@ class WebServer(Process):
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
 
+class Served(WebServer):
+    """A web server as production starts it, by ``manage.py serve`` with its ``options``."""
+
+    def __init__(
+        self, server: str, *options: str, port: int | None = None, **environment: str
+    ) -> None:
+        self.server = server
+        self.port = port or free_port()
+        command = ("manage.py", "serve", "--server", server, "--port", str(self.port), *options)
+        Process.__init__(self, *command, **environment)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.ws_url = f"ws://127.0.0.1:{self.port}"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -181,13 +195,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def session_web_servers(django_db_setup, django_db_blocker) -> Iterator[tuple[WebServer, ...]]:
+def session_web_servers(
+    request, django_db_setup, django_db_blocker
+) -> Iterator[tuple[WebServer, ...]]:
+    if request.config.getoption("through_proxy"):
+        # Two processes are behind it.
+        yield (request.getfixturevalue("proxied"),) * 2
+        return
     with running_web_servers(WebServer(), WebServer()) as servers:
         yield servers
 
 
 @pytest.fixture(scope="session")
-def session_uvicorn(django_db_setup, django_db_blocker) -> Iterator[WebServer]:
+def session_uvicorn(request, django_db_setup, django_db_blocker) -> Iterator[WebServer]:
+    if request.config.getoption("through_proxy"):
+        yield request.getfixturevalue("proxied")
+        return
     with running_web_servers(WebServer("uvicorn")) as (server,):
         yield server
 

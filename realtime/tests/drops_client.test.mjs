@@ -295,8 +295,38 @@ test("waits longer after each failure, up to 30 s, and less again after a good c
 test("spreads the clients over the time: full jitter", async () => {
   await open({ drops: [A] });
   Math.random.mock.mockImplementation(() => 0.25);
+  sockets[0].end(1006);
+  await pass(200);
+  assert.equal(sockets.length, 1);
+  await pass(50);
+  assert.equal(sockets.length, 2);
+});
+
+test("comes back at once when a server restarts (1012), with what it has", async () => {
+  await live(4);
+  for (const count of [2, 3, 4]) {
+    // One server after the other restarts; none of them is a failure.
+    sockets.at(-1).end(1012);
+    await pass(500);
+    assert.equal(sockets.length, count);
+    assert.equal(sockets.at(-1).url, `wss://shop.example/ws/drops/${A}?since=4`);
+    (await opened()).say(pong);
+  }
+  // What goes on like this is in trouble, and gets more time each time.
+  sockets.at(-1).end(1012);
+  await pass(7900);
+  assert.equal(sockets.length, 4);
+  await pass(100);
+  assert.equal(sockets.length, 5);
+});
+
+test("restarting servers do not get all clients in one moment", async () => {
+  await live(4);
+  Math.random.mock.mockImplementation(() => 0.5);
   sockets[0].end(1012);
-  await pass(250);
+  await pass(200);
+  assert.equal(sockets.length, 1);
+  await pass(50);
   assert.equal(sockets.length, 2);
 });
 

@@ -51,6 +51,10 @@ def main() -> int:
     if not (options.short or options.only or options.interleaving):
         REPORT.write_text(to_markdown(results, conditions))
         console.print(f"Written: {REPORT.relative_to(BASE_DIR)}")
+    else:
+        for result in results:
+            for fact in result.facts:
+                console.print(f"{result.name}: {fact}", markup=False)
     problems = [f"{r.name}: {text}" for r in results for text in problems_of(r)]
     for problem in problems:
         console.print(problem, markup=False, style="red")
@@ -86,7 +90,7 @@ def play(
 ) -> list:
     # Only now may anything of the project be imported: the stack has set Django up.
     from tests.interleaving import world
-    from tests.torture import endurance, faults, promises, proofs, upkeep
+    from tests.torture import deploy, endurance, faults, promises, proofs, upkeep
     from tests.torture.run import Run
 
     run = Run(stack, seed, options.short, options.minutes, say)
@@ -101,6 +105,7 @@ def play(
         "triples": proofs.triples,
         "storm": promises.storm,
         "kills": faults.kills,
+        "deploy": deploy.rolling_restarts,
         "failpoints": faults.failpoints,
         "expiry": faults.expiry,
         "clocks": promises.clocks,

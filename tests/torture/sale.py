@@ -98,6 +98,8 @@ class Sale:
         self.outcomes: Counter[tuple[int, str | None]] = Counter()
         self.failures: list[tuple[float, tuple[int, str | None]]] = []
         self.broken = 0
+        # Of these: nobody was listening, so nothing was begun.
+        self.refused = 0
         # How long this very process was kept from its work, as a measure of the machine.
         self.longest_lag_seconds = 0.0
         # Of reserve and purchase: everything else waits for a database that hangs.
@@ -228,8 +230,9 @@ class Sale:
             started = time.monotonic()
             try:
                 answer = await line.send(method, address, user, key)
-            except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            except (OSError, asyncio.IncompleteReadError, TimeoutError) as exc:
                 self.broken += 1
+                self.refused += isinstance(exc, ConnectionRefusedError)
                 line.close()
                 await asyncio.sleep(self.random.uniform(*RETRY_SECONDS))
                 continue

@@ -18,11 +18,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connection
 
 from config.seeding import DEMO_DROP_ID, DEMO_USER_ID
+from config.serving import server_command
 from config.stopping import StopRequest
 from drops.models import Drop
 
 START_TIMEOUT_SECONDS = 30
-STOP_TIMEOUT_SECONDS = 20
+STOP_TIMEOUT_SECONDS = settings.SHUTDOWN_SECONDS + 5
 RESTART_PAUSE_SECONDS = 1
 
 # Loaded here, because between fork and exec a library can't be loaded safely.
@@ -138,20 +139,6 @@ def share_metrics(stack: contextlib.ExitStack) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="drops-metrics-"))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         stack.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR")
-
-
-def server_command(server: str, host: str, port: int, workers: int) -> list[str]:
-    if server == "daphne":
-        return ["-m", "daphne", "-v", "0", "-b", host, "-p", str(port), "config.asgi:application"]
-    return [
-        *("-m", "uvicorn", "config.asgi:application", "--host", host, "--port", str(port)),
-        *("--workers", str(workers), "--log-level", "warning", "--no-access-log"),
-        *("--no-proxy-headers", "--lifespan", "off"),
-        *("--ws", "websockets-sansio", "--ws-max-size", str(settings.SOCKET_MESSAGE_BYTES)),
-        # Small frames hardly shrink, and each socket would pay for it with memory and time.
-        *("--ws-per-message-deflate", "false"),
-        *("--timeout-graceful-shutdown", str(STOP_TIMEOUT_SECONDS - 5)),
-    ]
 
 
 def expiry_command() -> list[str]:

@@ -53,6 +53,10 @@ const FIRST_RETRY_MS = 1_000;
 const LONGEST_RETRY_MS = 30_000;
 // What a busy server is given before the next attempt, on top of the usual.
 const BUSY_MS = 5_000;
+// When a server restarts the others are there at once, but not for all its clients in one moment.
+const RESTART_MS = 500;
+// More in a row are no restart of one server after the other, but a server in trouble.
+const QUICK_RETRIES = 3;
 // A connection that lasted shorter than this counts as one more failure.
 const STABLE_MS = 10_000;
 const ANSWER_MS = 10_000;
@@ -64,6 +68,7 @@ const TICK_MS = 1_000;
 const MESSAGES_PER_TICK = 5;
 const CLOCK_SAMPLE_MS = 300_000;
 
+const SERVICE_RESTART = 1012;
 const BAD_TICKET = 4401;
 const TOO_SLOW = 4408;
 const TRY_AGAIN_LATER = 1013;
@@ -223,20 +228,21 @@ export class DropsClient {
     if (this.#liveSince && Date.now() - this.#liveSince > STABLE_MS) this.#attempt = 0;
     // A ticket may have grown old on its way: one more try with a fresh one.
     const isWorthIt = code === BAD_TICKET && this.#options.ticket && !this.#hasBadTicket;
+    const isRestart = code === SERVICE_RESTART && this.#attempt < QUICK_RETRIES;
     this.#hasBadTicket = code === BAD_TICKET;
     if (FOR_GOOD.has(code) && !isWorthIt) {
       this.close();
       return this.#emit("refused", { code, reason });
     }
     const isBusy = code === TRY_AGAIN_LATER || (code >= 4400 && code !== TOO_SLOW);
-    this.#retry(isBusy && !isWorthIt ? BUSY_MS : 0);
+    this.#retry(isBusy && !isWorthIt ? BUSY_MS : 0, isRestart ? RESTART_MS : LONGEST_RETRY_MS);
   }
 
   /** Try again after a random part of a time that doubles ("full jitter"), plus `extra` ms. */
-  #retry(extra) {
+  #retry(extra, limit = LONGEST_RETRY_MS) {
     this.#abandon();
     this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
-    const longest = Math.min(LONGEST_RETRY_MS, FIRST_RETRY_MS * 2 ** this.#attempt++);
+    const longest = Math.min(limit, FIRST_RETRY_MS * 2 ** this.#attempt++);
     this.#retryTimer = setTimeout(() => this.#open(), extra + Math.random() * longest);
   }
 
