@@ -181,9 +181,14 @@ class Topology:
 
 
 def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
-    """Put nginx.conf and what it includes into ``folder``."""
+    """Put nginx.conf and what it includes into ``folder``.
+
+    ``max_fails=0``: no process here is left alone for having refused. To be refused costs
+    nothing on the same machine, and of two that restart in turn nginx would avoid the first
+    while the second is away.
+    """
     shutil.copy(NGINX_CONF, folder / "nginx.conf")
-    servers = "".join(f"    server 127.0.0.1:{web} fail_timeout=2s;\n" for web in web_ports)
+    servers = "".join(f"    server 127.0.0.1:{web} max_fails=0;\n" for web in web_ports)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     (folder / "upstream.conf").write_text(
         f"upstream drops {{\n    zone drops 64k;\n{servers}    keepalive 64;\n}}\n"
