@@ -23,7 +23,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from config.embedded import EmbeddedServers
-from config.stopping import StopRequest
+from config.stopping import StopRequest, end_with_parent
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 NGINX_CONF = Path(__file__).resolve().parent / "nginx.conf"
@@ -55,6 +55,7 @@ class Part:
                 stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C is for us, who stop them in order.
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     @property
