@@ -202,7 +202,7 @@ def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
 def nginx_program() -> str:
     program = shutil.which("nginx", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
     if program is None:
-        raise TopologyError("There is no nginx here. On Debian: apt-get install nginx-light")
+        raise TopologyError("There is no nginx here. On Debian: apt-get install nginx")
     return program
 
 
