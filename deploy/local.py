@@ -196,7 +196,9 @@ def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
         + "".join(f"{kind}_temp_path {kind}_temp;\n" for kind in kinds)
     )
     (folder / "server.d").mkdir(exist_ok=True)
-    (folder / "server.d/listen.conf").write_text(f"listen 127.0.0.1:{port};\n")
+    (folder / "server.d/listen.conf").write_text(
+        f"listen 127.0.0.1:{port};\naccess_log access.log drops;\n"
+    )
 
 
 def nginx_program() -> str:
