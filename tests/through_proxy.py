@@ -70,7 +70,8 @@ def pytest_addoption(parser) -> None:
 def pytest_collection_modifyitems(config, items: list[pytest.Item]) -> None:
     if not config.getoption("through_proxy"):
         return
-    chosen, others = [], []
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         is_black_box = BLACK_BOX & set(getattr(item, "fixturenames", ()))
         # The second kind of server would be the same proxy once more.
@@ -173,7 +174,8 @@ class SendOverHttp:
             )
         )
         response = HttpResponse(answer.content, status=answer.status_code)
-        response.wsgi_request = WSGIRequest(environ)
+        # Django's own handler leaves it there for the client.
+        response.wsgi_request = WSGIRequest(environ)  # type: ignore[attr-defined]
         del response["Content-Type"]
         for name, value in answer.headers.multi_items():
             if name not in HOP_BY_HOP and name != "set-cookie":
