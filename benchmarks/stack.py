@@ -294,7 +294,7 @@ class Stack:
             process.stop()
 
     def _start(self, command: list[str], environment: dict[str, Any]) -> Process:
-        from config.management.commands.up import end_with_parent
+        from config.stopping import end_with_parent
 
         self._started += 1
         log = Path(self._logs.name, f"{self._started}.log")

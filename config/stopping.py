@@ -1,9 +1,15 @@
-"""Let a command's loop end between two steps when it is asked to stop."""
+"""Let a command's loop end between two steps when it is asked to stop, and its children with it."""
 
+import ctypes
 import os
 import select
 import signal
+import sys
 from types import FrameType, TracebackType
+
+# Loaded here, because between fork and exec a library can't be loaded safely.
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -46,3 +52,9 @@ class StopRequest:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
+
+
+def end_with_parent() -> None:
+    """Ask Linux to stop this process when its parent dies, even by ``kill -9``."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -23,7 +23,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from config.embedded import EmbeddedServers
-from config.stopping import StopRequest
+from config.stopping import StopRequest, end_with_parent
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 NGINX_CONF = Path(__file__).resolve().parent / "nginx.conf"
@@ -55,6 +55,7 @@ class Part:
                 stderr=subprocess.STDOUT,
                 # A terminal's Ctrl-C is for us, who stop them in order.
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     @property
@@ -181,22 +182,29 @@ class Topology:
 
 
 def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
-    """Put nginx.conf and what it includes into ``folder``."""
+    """Put nginx.conf and what it includes into ``folder``.
+
+    ``max_fails=0``: no process here is left alone for having refused. To be refused costs
+    nothing on the same machine, and of two that restart in turn nginx would avoid the first
+    while the second is away.
+    """
     shutil.copy(NGINX_CONF, folder / "nginx.conf")
-    servers = "".join(f"    server 127.0.0.1:{web} fail_timeout=2s;\n" for web in web_ports)
+    servers = "".join(f"    server 127.0.0.1:{web} max_fails=0;\n" for web in web_ports)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     (folder / "upstream.conf").write_text(
         f"upstream drops {{\n    zone drops 64k;\n{servers}    keepalive 64;\n}}\n"
         + "".join(f"{kind}_temp_path {kind}_temp;\n" for kind in kinds)
     )
     (folder / "server.d").mkdir(exist_ok=True)
-    (folder / "server.d/listen.conf").write_text(f"listen 127.0.0.1:{port};\n")
+    (folder / "server.d/listen.conf").write_text(
+        f"listen 127.0.0.1:{port};\naccess_log access.log drops;\n"
+    )
 
 
 def nginx_program() -> str:
     program = shutil.which("nginx", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
     if program is None:
-        raise TopologyError("There is no nginx here. On Debian: apt-get install nginx-light")
+        raise TopologyError("There is no nginx here. On Debian: apt-get install nginx")
     return program
 
 

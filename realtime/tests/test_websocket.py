@@ -653,6 +653,19 @@ def test_closes_with_the_reason_as_code(web_server, listen, path, headers, code)
     assert listen(web_server, path, headers).close_code() == code
 
 
+def test_closes_with_1012_when_the_past_was_replaced(web_server, follow, transactional_db):
+    drop = DropFactory()
+    listener = follow(web_server, drop)
+    update_drop(drop.pk, name="Ember")
+    update_drop(drop.pk, name="Aurora")
+    listener.events(last_seq=drop.seq + 2)
+
+    # As after a backup was restored.
+    Drop.objects.filter(pk=drop.pk).update(seq=drop.seq + 1)
+
+    assert listener.close_code() == CloseCode.SERVICE_RESTART
+
+
 def test_a_subscription_to_an_unknown_drop_closes(web_server, follow):
     listener = follow(web_server)
 

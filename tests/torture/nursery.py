@@ -21,7 +21,7 @@ from django.core.management import call_command
 
 # Loads the application, once for all.
 from config.asgi import application
-from config.management.commands.up import end_with_parent
+from config.stopping import end_with_parent
 from tests.torture.failpoints import FAILPOINTS, Failpoint
 
 WRONG_SECONDS = float(os.environ.get("NURSERY_CLOCK_SECONDS", "0"))

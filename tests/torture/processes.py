@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from benchmarks.stack import BASE_DIR, free_port
-from config.management.commands.up import end_with_parent
+from config.stopping import end_with_parent
 from tests.torture.stack import wait_for
 
 

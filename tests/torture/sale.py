@@ -317,6 +317,9 @@ class Line:
         """
         async with asyncio.timeout(ANSWER_SECONDS):
             is_moving = self.sale.random.random() < MOVES
+            if self._reader is not None and self._reader.at_eof():
+                # Closed by the server while it was idle: no client sends anything there.
+                self.close()
             if is_moving or self._writer is None or self.port not in self.sale.ports():
                 self.close()
                 self.port = self.sale.random.choice(self.sale.ports())

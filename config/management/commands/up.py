@@ -1,7 +1,5 @@
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,16 +17,12 @@ from django.db import connection
 
 from config.seeding import DEMO_DROP_ID, DEMO_USER_ID
 from config.serving import server_command
-from config.stopping import StopRequest
+from config.stopping import StopRequest, end_with_parent
 from drops.models import Drop
 
 START_TIMEOUT_SECONDS = 30
 STOP_TIMEOUT_SECONDS = settings.SHUTDOWN_SECONDS + 5
 RESTART_PAUSE_SECONDS = 1
-
-# Loaded here, because between fork and exec a library can't be loaded safely.
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1
 
 
 class Command(BaseCommand):
@@ -167,12 +161,6 @@ def running(arguments: list[str]) -> Iterator[subprocess.Popen]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def end_with_parent() -> None:
-    """Ask Linux to stop this process when its parent dies, even by ``kill -9``."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def port_is_free(host: str, port: int) -> bool:
