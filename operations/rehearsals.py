@@ -1,0 +1,131 @@
+"""Rehearsal drops: made for one rehearsal, seen by nobody else, and gone without a trace.
+
+Drop and users have ids of a range of their own (``config.ids``), by which every reader leaves
+them out, and by which whatever a killed rehearsal left behind is found. See docs/adr/0016.
+"""
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+
+from django.db import connection, transaction
+
+from config.database import read_clock
+from config.ids import REHEARSAL_IDS, is_rehearsal_id, new_rehearsal_id
+from drops.models import Drop, DropStatus, Variant
+from drops.services import LockedDrop, lock_drop
+from purchases.models import Purchase
+from realtime.models import Event, EventType
+from reservations.models import Reservation
+from users.models import User
+
+# Referring rows first, as their constraints demand it.
+DELETE_DROP = (
+    "DELETE FROM realtime_event WHERE drop_id = %s",
+    "DELETE FROM purchases_purchase WHERE drop_id = %s",
+    "DELETE FROM reservations_reservation WHERE drop_id = %s",
+    "DELETE FROM drops_stockadjustment"
+    " WHERE variant_id IN (SELECT id FROM drops_variant WHERE drop_id = %s)",
+    "DELETE FROM drops_variant WHERE drop_id = %s",
+    "DELETE FROM drops_drop WHERE id = %s",
+)
+
+
+@transaction.atomic
+def create_rehearsal(stock: int, hold_seconds: int, users: int) -> tuple[Drop, list[uuid.UUID]]:
+    """Store a live rehearsal drop and ``users`` synthetic users; return it and their ids."""
+    ids = [new_rehearsal_id() for _ in range(users)]
+    now = read_clock()
+    owner = new_rehearsal_id()
+    User.objects.bulk_create(
+        [User(pk=pk, username=f"rehearsal_{pk.hex[-19:]}", password="") for pk in (owner, *ids)],
+        batch_size=1000,
+    )
+    drop = Drop(
+        pk=new_rehearsal_id(),
+        name=f"Rehearsal of {now:%Y-%m-%d %H:%M} UTC",
+        price="100.00",
+        total_stock=stock,
+        available_stock=stock,
+        hold_seconds=hold_seconds,
+        status=DropStatus.LIVE,
+        created_by_id=owner,
+        created_at=now,
+        window_told_at=now,
+    )
+    drop.read_at = now
+    drop.save(force_insert=True)
+    variant = Variant.objects.create(
+        drop=drop, label=Variant.ONE_SIZE, position=0, total_stock=stock, available_stock=stock
+    )
+    created = LockedDrop(drop, {variant.pk: variant})
+    created.record_drop(EventType.DROP_CREATED)
+    created.save(now)
+    return drop, ids
+
+
+@transaction.atomic
+def discard_rehearsal(drop_id: uuid.UUID) -> None:
+    """Delete a rehearsal drop with all that belongs to it; who waits for its lock finds nothing.
+
+    Raises:
+        ValueError: it is a real drop, and those are kept for ever.
+        Drop.DoesNotExist: no such drop.
+    """
+    if not is_rehearsal_id(drop_id):
+        raise ValueError(f"{drop_id} is no rehearsal")
+    lock_drop(drop_id)
+    with connection.cursor() as cursor:
+        for statement in DELETE_DROP:
+            cursor.execute(statement, [drop_id])
+
+
+def discard_users() -> int:
+    """Delete the synthetic users whom no drop and no row refers to; return how many."""
+    with transaction.atomic(), connection.cursor() as cursor:
+        unused = """
+            FROM users_user u WHERE u.id BETWEEN %s AND %s
+            AND NOT EXISTS (SELECT FROM drops_drop WHERE created_by_id = u.id)
+            AND NOT EXISTS (SELECT FROM reservations_reservation WHERE user_id = u.id)
+            AND NOT EXISTS (SELECT FROM purchases_purchase WHERE user_id = u.id)
+        """
+        for table in ("users_idempotencykey", "realtime_socketticket"):
+            cursor.execute(
+                f"DELETE FROM {table} WHERE user_id IN (SELECT u.id {unused})",  # noqa: S608
+                REHEARSAL_IDS,
+            )
+        cursor.execute(
+            f"DELETE FROM users_user WHERE id IN (SELECT u.id {unused})",  # noqa: S608
+            REHEARSAL_IDS,
+        )
+        return cursor.rowcount
+
+
+def discard_rehearsals() -> int:
+    """Delete every rehearsal there is, also what a killed one left; return how many drops."""
+    drops = list(Drop.objects.filter(pk__range=REHEARSAL_IDS).values_list("pk", flat=True))
+    for drop_id in drops:
+        discard_rehearsal(drop_id)
+    discard_users()
+    return len(drops)
+
+
+def read_rows(
+    drop: Drop,
+) -> tuple[dict[str, str], dict[str, str], Sequence[tuple[int, str, datetime]]]:
+    """Return the drop's reservations and purchases, status by id, and its events in order."""
+    return (
+        {
+            str(pk): status
+            for pk, status in Reservation.objects.filter(drop=drop).values_list("pk", "status")
+        },
+        {
+            str(pk): status
+            for pk, status in Purchase.objects.filter(drop=drop).values_list("pk", "status")
+        },
+        list(
+            Event.objects.filter(drop=drop)
+            .order_by("seq")
+            .values_list("seq", "type", "created_at")
+        ),
+    )
