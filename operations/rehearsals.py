@@ -4,21 +4,26 @@ Drop and users have ids of a range of their own (``config.ids``), by which every
 them out, and by which whatever a killed rehearsal left behind is found. See docs/adr/0016.
 """
 
+import time
 import uuid
-from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import timedelta
 
 from django.db import connection, transaction
+from django.db.models.functions import Now
 
 from config.database import read_clock
 from config.ids import REHEARSAL_IDS, is_rehearsal_id, new_rehearsal_id
-from drops.models import Drop, DropStatus, Variant
+from drops.models import Drop, DropQuerySet, DropStatus, Variant
 from drops.services import LockedDrop, lock_drop
-from purchases.models import Purchase
-from realtime.models import Event, EventType
-from reservations.models import Reservation
+from purchases.models import Purchase, PurchaseStatus
+from realtime.models import EventType
+from reservations.models import Reservation, ReservationStatus
 from users.models import User
 
+SETTLED_POLL_SECONDS = 0.25
+# Longer than a rehearsal with usual options takes.
+MAY_RUN_FOR = timedelta(minutes=10)
 # Referring rows first, as their constraints demand it.
 DELETE_DROP = (
     "DELETE FROM realtime_event WHERE drop_id = %s",
@@ -29,6 +34,11 @@ DELETE_DROP = (
     "DELETE FROM drops_variant WHERE drop_id = %s",
     "DELETE FROM drops_drop WHERE id = %s",
 )
+
+
+def running_rehearsals() -> DropQuerySet:
+    """Return the rehearsals that began so lately that they may still be going on."""
+    return Drop.objects.filter(pk__range=REHEARSAL_IDS, created_at__gt=Now() - MAY_RUN_FOR)
 
 
 @transaction.atomic
@@ -110,22 +120,41 @@ def discard_rehearsals() -> int:
     return len(drops)
 
 
-def read_rows(
-    drop: Drop,
-) -> tuple[dict[str, str], dict[str, str], Sequence[tuple[int, str, datetime]]]:
-    """Return the drop's reservations and purchases, status by id, and its events in order."""
-    return (
-        {
-            str(pk): status
-            for pk, status in Reservation.objects.filter(drop=drop).values_list("pk", "status")
-        },
-        {
-            str(pk): status
-            for pk, status in Purchase.objects.filter(drop=drop).values_list("pk", "status")
-        },
-        list(
-            Event.objects.filter(drop=drop)
-            .order_by("seq")
-            .values_list("seq", "type", "created_at")
-        ),
-    )
+@dataclass(frozen=True)
+class Rows:
+    """What the database has of a rehearsal: the status of each row by its id."""
+
+    drop: Drop
+    reservations: dict[str, str]
+    purchases: dict[str, str]
+
+    @property
+    def held(self) -> int:
+        return sum(status == ReservationStatus.ACTIVE for status in self.reservations.values())
+
+    @property
+    def sold(self) -> int:
+        return sum(status == PurchaseStatus.PAID for status in self.purchases.values())
+
+
+def read_rows(drop_id: uuid.UUID) -> Rows:
+    """Read a rehearsal, of which each row is of one unit."""
+
+    def statuses(model: type[Reservation] | type[Purchase]) -> dict[str, str]:
+        rows = model._default_manager.filter(drop=drop_id).values_list("pk", "status")
+        return {str(pk): status for pk, status in rows}
+
+    return Rows(Drop.objects.get(pk=drop_id), statuses(Reservation), statuses(Purchase))
+
+
+def wait_until_settled(drop_id: uuid.UUID, at_most_seconds: float) -> int:
+    """Return the drop's newest ``seq`` once nothing of it is held, or time is up."""
+    deadline = time.monotonic() + at_most_seconds
+    try:
+        while True:
+            drop = Drop.objects.get(pk=drop_id)
+            if not drop.held_stock or time.monotonic() > deadline:
+                return drop.seq
+            time.sleep(SETTLED_POLL_SECONDS)
+    finally:
+        connection.close()
