@@ -42,6 +42,12 @@ def broken(verdict):
     return {check["name"] for check in verdict["checks"] if not check["met"]}
 
 
+@pytest.fixture(autouse=True)
+def allowed_hosts(settings):
+    # Django's test runner allows "testserver" alone.
+    settings.ALLOWED_HOSTS = ["127.0.0.1", "localhost"]
+
+
 @pytest.fixture
 def start_server(transactional_db):
     servers = []
