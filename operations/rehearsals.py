@@ -8,16 +8,16 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from decimal import Decimal
 
 from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from config.database import read_clock
 from config.ids import REHEARSAL_IDS, is_rehearsal_id, new_rehearsal_id
-from drops.models import Drop, DropQuerySet, DropStatus, Variant
-from drops.services import LockedDrop, lock_drop
+from drops.models import Drop, DropQuerySet, DropStatus
+from drops.services import create_drop, lock_drop
 from purchases.models import Purchase, PurchaseStatus
-from realtime.models import EventType
 from reservations.models import Reservation, ReservationStatus
 from users.models import User
 
@@ -45,32 +45,20 @@ def running_rehearsals() -> DropQuerySet:
 def create_rehearsal(stock: int, hold_seconds: int, users: int) -> tuple[Drop, list[uuid.UUID]]:
     """Store a live rehearsal drop and ``users`` synthetic users; return it and their ids."""
     ids = [new_rehearsal_id() for _ in range(users)]
-    now = read_clock()
     owner = new_rehearsal_id()
     User.objects.bulk_create(
         [User(pk=pk, username=f"rehearsal_{pk.hex[-19:]}", password="") for pk in (owner, *ids)],
         batch_size=1000,
     )
-    drop = Drop(
-        pk=new_rehearsal_id(),
-        name=f"Rehearsal of {now:%Y-%m-%d %H:%M} UTC",
-        price="100.00",
+    drop = create_drop(
+        User.objects.get(pk=owner),
+        id=new_rehearsal_id(),
+        name=f"Rehearsal of {read_clock():%Y-%m-%d %H:%M} UTC",
+        price=Decimal(100),
         total_stock=stock,
-        available_stock=stock,
         hold_seconds=hold_seconds,
         status=DropStatus.LIVE,
-        created_by_id=owner,
-        created_at=now,
-        window_told_at=now,
     )
-    drop.read_at = now
-    drop.save(force_insert=True)
-    variant = Variant.objects.create(
-        drop=drop, label=Variant.ONE_SIZE, position=0, total_stock=stock, available_stock=stock
-    )
-    created = LockedDrop(drop, {variant.pk: variant})
-    created.record_drop(EventType.DROP_CREATED)
-    created.save(now)
     return drop, ids
 
 
