@@ -43,6 +43,8 @@ class Progress:
         if stock is not None:
             words.append(f"{stock:,} available")
         yield Text("  " + " · ".join(words), style="dim")
+        if seen.done == users:
+            yield Text("  Waiting for the last holds to end", style="dim")
 
 
 def bar(done: int, total: int) -> ProgressBar:
@@ -76,7 +78,7 @@ def report(verdict: Verdict, users: int, stock: int) -> RenderableType:
         *(Text(f"Watchers: {problem}", style="red") for problem in figures["watcher_problems"]),
         "",
         Text("What limited it", style="bold"),
-        *(f"  {reason}" for reason in verdict.limited_by),
+        *(Padding(Text(reason), (0, 0, 0, 2)) for reason in verdict.limited_by),
     )
 
 
@@ -91,7 +93,8 @@ def checks_table(checks: list[Check]) -> Table:
         table.add_column(justify=column)  # type: ignore[arg-type]
     for check in checks:
         mark = Text("ok", style="green") if check.is_met else Text("no", style="bold red")
-        limit = f"at most {check.limit:,.0f}{check.unit and ' ' + check.unit}"
+        # Where nothing at all may be found, the limit goes without saying.
+        limit = f"of {check.limit:,.0f} {check.unit} at most" if check.limit else ""
         table.add_row(mark, check.name, f"{check.found:,.0f}", Text(limit, style="dim"))
     return table
 
