@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import uuid
 from io import StringIO
 
 import pytest
@@ -16,7 +17,7 @@ from operations.rehearsals import create_rehearsal
 from purchases.models import Purchase
 from realtime.models import Event
 from reservations.models import Reservation
-from tests.identities import SECRETS, identity_mode
+from tests.identities import AUDIENCE, ISSUER, SECRETS, identity_mode, public_pem, token
 from tests.servers import Process, WebServer
 from users.models import User
 
@@ -168,6 +169,38 @@ def test_with_public_keys_alone_it_asks_for_tokens(db):
         call_command("rehearse")
 
     assert error.value.returncode == 2
+
+
+def test_shoppers_are_test_accounts_where_tokens_are_given(start_server, start_expiry, tmp_path):
+    start_expiry()
+    accounts = [uuid.uuid4() for _ in range(8)]
+    file = tmp_path / "tokens"
+    file.write_text("\n".join(token(account) for account in accounts))
+    server = start_server(
+        IDENTITY_MODE="jwt",
+        JWT_ALGORITHMS="RS256",
+        JWT_KEY=public_pem(),
+        JWT_AUDIENCE=AUDIENCE,
+        JWT_ISSUER=ISSUER,
+    )
+
+    with identity_mode("jwt"):
+        with pytest.raises(CommandError, match="tokens of 8 users only"):
+            rehearse(server, tokens=file, users=9)
+        code, verdict = rehearse(server, tokens=file, users=8, stock=4, p99_ms=10_000)
+
+    assert (code, broken(verdict)) == (0, set())
+    assert Drop.objects.count() == Reservation.objects.count() == Purchase.objects.count() == 0
+    # They were somebody's before, so they stay.
+    assert set(User.objects.values_list("pk", flat=True)) == set(accounts)
+
+
+def test_a_token_that_is_not_valid_here_is_named(db, tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text(f"{token(uuid.uuid4())}\nnonsense\n")
+
+    with identity_mode("jwt"), pytest.raises(CommandError, match="token 2: The token is not valid"):
+        call_command("rehearse", tokens=file, users=2)
 
 
 def test_refuses_an_address_that_is_not_this_installations(db):
