@@ -78,7 +78,6 @@ class Seen:
     watchers: "list[Watcher]" = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
     strain: Strain = field(default_factory=Strain)
-    is_cut_short: bool = False
 
     @property
     def rush_seconds(self) -> float:
@@ -132,7 +131,7 @@ class Crowd:
                 )
                 await self._wait_for_frames(await settle())
         except TimeoutError:
-            seen.is_cut_short = True
+            pass  # Those who are not done show it.
         finally:
             sampling.cancel()
             for task in sockets:
@@ -148,17 +147,15 @@ class Crowd:
         try:
             await self._ask(connection, "open", "GET", "", user)
             hold = await self._reserve(connection, user)
-            if hold is None:
-                return
-            self.seen.reservations[hold] = user
-            if buys:
-                await asyncio.sleep(thinks)
-                answer = await self._ask(connection, "purchase", "POST", "/purchase", user)
-                if answer is not None and answer.status in (200, 201):
-                    self.seen.purchases[answer.data.get("id", "")] = user
+            if hold is not None:
+                self.seen.reservations[hold] = user
+                if buys:
+                    await asyncio.sleep(thinks)
+                    await self._purchase(connection, user)
         finally:
-            self.seen.done += 1
             connection.close()
+        # Not for those whom the end cuts short.
+        self.seen.done += 1
 
     async def _reserve(self, connection: Connection, user: uuid.UUID) -> str | None:
         """Return the id of the user's reservation; ask again when a hold may have ended."""
@@ -176,6 +173,11 @@ class Crowd:
                 return None
             await asyncio.sleep(self._until(release))
         return None
+
+    async def _purchase(self, connection: Connection, user: uuid.UUID) -> None:
+        answer = await self._ask(connection, "purchase", "POST", "/purchase", user)
+        if answer is not None and answer.status in (200, 201):
+            self.seen.purchases[answer.data.get("id", "")] = user
 
     def _until(self, moment: str) -> float:
         """Return how long to wait for ``moment``; people don't come in the same millisecond."""

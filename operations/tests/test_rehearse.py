@@ -14,6 +14,7 @@ from drops.models import Drop, Variant
 from drops.tests.factories import DropFactory
 from operations.http_client import Server
 from operations.rehearsals import create_rehearsal
+from operations.shoppers import Plan
 from purchases.models import Purchase
 from realtime.models import Event
 from reservations.models import Reservation
@@ -262,3 +263,13 @@ def test_an_address_is_scheme_and_host(url):
 def test_a_servers_addresses():
     assert Server.at("https://shop.example.com").url("ws") == "wss://shop.example.com"
     assert Server.at("http://[::1]:4000/").url("http") == "http://[::1]:4000"
+
+
+def test_it_ends_by_itself_and_says_who_was_cut_short(web_servers, monkeypatch):
+    monkeypatch.setattr(Plan, "longest_seconds", 2.0)
+
+    code, verdict = rehearse(web_servers[0], users=10, stock=20, ttl=60, conversion=1.0)
+
+    assert code == 1
+    assert "shoppers whom the rehearsal's end cut short" in broken(verdict)
+    assert Drop.objects.count() == 0
