@@ -1,6 +1,7 @@
 """A small HTTP client for thousands of shoppers in one process: one connection each."""
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ ANSWER_SECONDS = 15.0
 
 class Lost(Exception):
     """There is no answer, so nobody knows whether the request was carried out."""
+
+
+class ClosedIdle(ConnectionError):
+    """The connection ended without a byte of the answer."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +90,33 @@ class Connection(asyncio.Protocol):
         """
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._server.netloc}", "Content-Length: 0"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        loop = asyncio.get_running_loop()
+        request = "\r\n".join([*lines, "\r\n"]).encode()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                if self._transport is None or self._transport.is_closing():
-                    await loop.create_connection(
-                        lambda: self,
-                        self._server.host,
-                        self._server.port,
-                        ssl=tls_context() if self._server.is_tls else None,
-                    )
-                self._answer, self._received = loop.create_future(), b""
-                assert self._transport is not None  # noqa: S101
-                self._transport.write("\r\n".join([*lines, "\r\n"]).encode())
-                return await self._answer
+                if self._transport is not None and not self._transport.is_closing():
+                    # As a browser does: a server may close what was idle at this very moment,
+                    # and then the same request goes out on a new connection.
+                    with contextlib.suppress(ClosedIdle):
+                        return await self._send(request)
+                await self._connect()
+                return await self._send(request)
         except (OSError, TimeoutError) as exc:
             self.close()
             raise Lost(str(exc) or "no answer in time") from exc
+
+    async def _connect(self) -> None:
+        await asyncio.get_running_loop().create_connection(
+            lambda: self,
+            self._server.host,
+            self._server.port,
+            ssl=tls_context() if self._server.is_tls else None,
+        )
+
+    async def _send(self, request: bytes) -> Answer:
+        assert self._transport is not None  # noqa: S101
+        self._answer, self._received = asyncio.get_running_loop().create_future(), b""
+        self._transport.write(request)
+        return await self._answer
 
     def close(self) -> None:
         if self._transport is not None:
@@ -125,4 +140,5 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionError("the connection ended"))
+            kind = ConnectionError if self._received else ClosedIdle
+            self._answer.set_exception(kind("the connection ended before the answer"))

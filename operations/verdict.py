@@ -174,10 +174,11 @@ def figures(seen: Seen, rows: Rows) -> dict[str, Any]:
         },
         "requests": {
             kind: {
-                "outcomes": dict(outcomes.most_common()),
+                "outcomes": dict(seen.outcomes[kind].most_common()),
                 **spread(seen.latencies.get(kind, [])),
             }
-            for kind, outcomes in seen.outcomes.items()
+            for kind in ("open", "reserve", "purchase")
+            if seen.outcomes.get(kind)
         },
         "watchers": len(seen.watchers),
         "watcher_problems": sorted({w.problem for w in seen.watchers if w.problem}),
