@@ -90,7 +90,7 @@ def in_words(check: Check) -> str:
 def checks_table(checks: list[Check]) -> Table:
     table = Table.grid(padding=(0, 2))
     for column in ("left", "left", "right", "left"):
-        table.add_column(justify=column)  # type: ignore[arg-type]
+        table.add_column(justify=column)
     for check in checks:
         mark = Text("ok", style="green") if check.is_met else Text("no", style="bold red")
         # Where nothing at all may be found, the limit goes without saying.
