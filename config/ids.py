@@ -15,3 +15,24 @@ def new_id() -> uuid.UUID:
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0b11 << 62) | 0b10 << 62
     return uuid.UUID(int=value)
+
+
+# Ids that begin like this ("rehear" in ASCII, version 8: a meaning of one's own) are those of
+# rehearsals, drops and users alike, so whoever sees an id knows it without a query. See
+# docs/adr/0018; the same range is in drops/migrations/0007.
+REHEARSAL_PREFIX = "72656865-6172-8"
+REHEARSAL_IDS = (
+    uuid.UUID(f"{REHEARSAL_PREFIX}000-8000-000000000000"),
+    uuid.UUID(f"{REHEARSAL_PREFIX}fff-bfff-ffffffffffff"),
+)
+
+
+def new_rehearsal_id() -> uuid.UUID:
+    """Return a random id of the range that only rehearsals use."""
+    first, last = REHEARSAL_IDS
+    # Random in the bits that the first and the last of them don't share.
+    return uuid.UUID(int=first.int | int.from_bytes(os.urandom(16)) & (first.int ^ last.int))
+
+
+def is_rehearsal_id(value: uuid.UUID | str) -> bool:
+    return str(value).startswith(REHEARSAL_PREFIX)

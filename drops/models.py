@@ -7,6 +7,7 @@ from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from config.database import ClockTimestamp
+from config.ids import REHEARSAL_IDS, is_rehearsal_id
 from drops.currencies import format_amount
 
 
@@ -74,6 +75,10 @@ class DropQuerySet(models.QuerySet["Drop"]):
         """Load each drop with its variants and the database's time, ``read_at``."""
         return self.annotate(read_at=Now()).prefetch_related("variants")
 
+    def for_shoppers(self) -> "DropQuerySet":
+        """Leave out rehearsals, which nobody may come across."""
+        return self.exclude(pk__range=REHEARSAL_IDS)
+
     def with_status(self, status: DropStatus) -> "DropQuerySet":
         """Keep the drops of which ``status`` holds now, by the database's clock."""
         has_started = Q(starts_at=None) | Q(starts_at__lte=Now())
@@ -103,7 +108,7 @@ class DropQuerySet(models.QuerySet["Drop"]):
 
     def current(self) -> "DropQuerySet":
         """Keep what a visitor may wait for or buy: published, and neither ended nor cancelled."""
-        return self.filter(status__in=FOLLOWS_END).exclude(ends_at__lte=Now())
+        return self.for_shoppers().filter(status__in=FOLLOWS_END).exclude(ends_at__lte=Now())
 
 
 class Drop(Stock):
@@ -140,6 +145,12 @@ class Drop(Stock):
         null=True,
         blank=True,
         help_text="Holds a user may let expire before the cooldown begins; empty: any number.",
+    )
+    hold_seconds = models.PositiveIntegerField(
+        null=True,
+        blank=True,
+        editable=False,
+        help_text="The life of a hold, of rehearsals only; else it is RESERVATION_TTL_SECONDS.",
     )
     seq = models.PositiveBigIntegerField(
         default=0, help_text="The number of the drop's newest event."
@@ -194,6 +205,11 @@ class Drop(Stock):
                 name="drop_expired_holds_before_cooldown_are_positive",
                 condition=Q(max_expired_holds=None) | Q(max_expired_holds__gt=0),
             ),
+            models.CheckConstraint(
+                name="drop_only_rehearsals_have_hold_seconds",
+                condition=Q(hold_seconds=None)
+                | Q(hold_seconds__range=(1, 86_400), id__range=REHEARSAL_IDS),
+            ),
         ]
         indexes = [
             # Read by the loop that announces windows: only those still to come. A change of
@@ -212,6 +228,10 @@ class Drop(Stock):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return is_rehearsal_id(self.pk)
 
     @property
     def has_cooldown(self) -> bool:

@@ -68,7 +68,7 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
             serializers.ChoiceField(choices=DropStatus.choices),
             DropStatus.LIVE,
         )
-        drops = drops.with_status(status)
+        drops = drops.for_shoppers().with_status(status)
         if status == DropStatus.SCHEDULED:
             return drops.order_by("starts_at", "id")
         if status == DropStatus.DRAFT and not getattr(self.request.user, "is_staff", False):

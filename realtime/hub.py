@@ -20,6 +20,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
+from config.ids import is_rehearsal_id
 from operations import metrics
 from realtime import log, presence
 from realtime.conflation import Waiting
@@ -208,7 +209,9 @@ class Hub:
         return feed.sent if feed else 0
 
     def _audience(self, drop_id: str) -> set[Socket]:
-        return self._watching_all | self._watching.get(drop_id, set())
+        watching = self._watching.get(drop_id, set())
+        # A rehearsal is shown to those who ask for it by its id, and to nobody else.
+        return watching if is_rehearsal_id(drop_id) else self._watching_all | watching
 
     # --- What a new socket gets first ---------------------------------------------------
 

@@ -165,7 +165,8 @@ class Settlement:
         # where that is limited.
         self.active_holds = active_holds
         self.refusal = refusal_unless_live(locked.drop, now)
-        self.expires_at = now + timedelta(seconds=settings.RESERVATION_TTL_SECONDS)
+        seconds = locked.drop.hold_seconds or settings.RESERVATION_TTL_SECONDS
+        self.expires_at = now + timedelta(seconds=seconds)
         if locked.drop.ends_at:
             # Nothing can be bought after the end, so the deadline says so from the start.
             self.expires_at = min(self.expires_at, locked.drop.ends_at)
@@ -585,6 +586,8 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     ):
         try:
             swept.append(_expire_drop(drop_id, batch))
+        except Drop.DoesNotExist:
+            continue  # A rehearsal that was discarded meanwhile.
         except OperationalError as exc:
             if not isinstance(exc.__cause__, LockNotAvailable):
                 raise

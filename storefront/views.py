@@ -39,7 +39,7 @@ HOLDS_SECONDS = 1
 @cache_control(no_cache=True)
 def home(request: HttpRequest) -> HttpResponse:
     """Show what can be had now and soon."""
-    drops = Drop.objects.read_now()
+    drops = Drop.objects.for_shoppers().read_now()
     on_sale = drops.with_status(DropStatus.LIVE) | drops.with_status(DropStatus.PAUSED)
     live = [for_page(drop) for drop in on_sale[:MOST_LIVE]]
     # What can be had stands first; of the same kind the newest, as they come.
@@ -114,7 +114,8 @@ def read_uuid(text: str) -> uuid.UUID | None:
 def find_published(pk: uuid.UUID | None) -> Drop | None:
     if pk is None:
         return None
-    return Drop.objects.read_now().exclude(status=DropStatus.DRAFT).filter(pk=pk).first()
+    published = Drop.objects.for_shoppers().exclude(status=DropStatus.DRAFT)
+    return published.read_now().filter(pk=pk).first()
 
 
 def for_page(drop: Drop) -> Any:
