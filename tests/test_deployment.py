@@ -195,6 +195,7 @@ def topology(transactional_db) -> Iterator[Topology]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @needs_nginx
 def test_a_rolling_restart_behind_nginx_costs_nobody_an_answer(topology):
@@ -229,6 +230,7 @@ def test_a_rolling_restart_behind_nginx_costs_nobody_an_answer(topology):
     assert audit_stock().differences == []
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @needs_nginx
 def test_nginx_answers_for_itself_as_the_application_would(topology):
@@ -245,6 +247,7 @@ def test_nginx_answers_for_itself_as_the_application_would(topology):
         assert away.headers["x-request-id"] == away.json()["request_id"]
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @needs_nginx
 def test_events_come_through_at_once(topology):

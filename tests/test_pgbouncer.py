@@ -27,6 +27,7 @@ TIMEOUTS = {
 }
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.servers,
     pytest.mark.skipif(find("pgbouncer") is None, reason="pgbouncer is not installed"),
     pytest.mark.skipif(

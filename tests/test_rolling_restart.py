@@ -18,7 +18,7 @@ from tests.torture.deploy import running_fleet
 from tests.torture.sale import Sale
 from users.tests.factories import UserFactory
 
-pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.django_db(transaction=True)]
 
 
 class TestDatabase:

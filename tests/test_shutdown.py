@@ -21,7 +21,7 @@ from tests.concurrency import another_session
 from tests.servers import Process, Served, WebServer, free_port, running_web_servers
 from tests.test_hot_faults import commits_that_can_be_held
 
-pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
+pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.django_db(transaction=True)]
 
 CUSTOMERS = 6
 WAYS = ["daphne", "uvicorn", "uvicorn --workers 2", "up daphne", "up uvicorn"]

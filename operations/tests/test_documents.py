@@ -25,7 +25,7 @@ ALERTS = {
     *("ExpiryLoopSilent", "ExpiryLagHigh", "EventLagHigh", "RedisAway", "SocketsNearLimit"),
 }
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.slow, pytest.mark.servers]
 
 
 def block(document: Path, kind: str) -> str:

@@ -22,6 +22,8 @@ from tests.identities import AUDIENCE, ISSUER, SECRETS, identity_mode, public_pe
 from tests.servers import Process, WebServer
 from users.models import User
 
+pytestmark = pytest.mark.slow
+
 TABLES = (Drop, Variant, Reservation, Purchase, Event, User)
 SMALL = {"users": 60, "stock": 10, "ttl": 2, "watchers": 10, "arrive_seconds": 0.5}
 
