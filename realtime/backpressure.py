@@ -9,6 +9,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, cast
 
+from daphne.http_protocol import WebRequest
+from daphne.ws_protocol import WebSocketProtocol
+
 from config.body_limit import Message, Send
 
 
@@ -34,8 +37,8 @@ def daphne_protocol(send: Send) -> Any:
 
     Source: ``daphne.server.Server.create_application``.
     """
-    is_daphne = isinstance(send, partial) and type(send.args[0]).__module__.startswith("daphne.")
-    return send.args[0] if is_daphne else None  # type: ignore[attr-defined]
+    protocol = send.args[0] if isinstance(send, partial) and send.args else None
+    return protocol if isinstance(protocol, WebRequest | WebSocketProtocol) else None
 
 
 def waiting_send(send: Send) -> Send:
