@@ -81,5 +81,8 @@ class ProbeMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponse:
         if request.path in PROBES:
             request.resolver_match = match = resolve(request.path)
-            return match.func(request)
+            response = match.func(request)
+            # Set by CommonMiddleware elsewhere; without it daphne sends chunks.
+            response.headers["Content-Length"] = str(len(response.content))
+            return response
         return self.get_response(request)
