@@ -208,7 +208,12 @@ class Drop(Stock):
             models.CheckConstraint(
                 name="drop_only_rehearsals_have_hold_seconds",
                 condition=Q(hold_seconds=None)
-                | Q(hold_seconds__range=(1, 86_400), id__range=REHEARSAL_IDS),
+                | Q(
+                    hold_seconds__gte=1,
+                    hold_seconds__lte=86_400,
+                    id__gte=REHEARSAL_IDS[0],
+                    id__lte=REHEARSAL_IDS[1],
+                ),
             ),
         ]
         indexes = [

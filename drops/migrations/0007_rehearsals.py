@@ -37,7 +37,8 @@ class Migration(migrations.Migration):
             constraint=models.CheckConstraint(
                 name="drop_only_rehearsals_have_hold_seconds",
                 condition=Q(hold_seconds=None)
-                | Q(hold_seconds__range=(1, 86_400), id__range=(FIRST, LAST)),
+                # Not BETWEEN, which PostgreSQL writes in another way after a restore.
+                | Q(hold_seconds__gte=1, hold_seconds__lte=86_400, id__gte=FIRST, id__lte=LAST),
             ),
         ),
         *(
