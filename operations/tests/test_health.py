@@ -222,6 +222,7 @@ def test_counts_all_loops_that_live(db):
     assert 1 <= signs.age_seconds < 3
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_the_expiry_loop_beats(start_expiry):
     loop = start_expiry()

@@ -249,6 +249,7 @@ def metric_names() -> set[str]:
 # --- Several processes ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.django_db(transaction=True)
 def test_processes_of_one_machine_tell_what_all_of_them_counted(tmp_path):
@@ -283,6 +284,7 @@ def test_processes_of_one_machine_tell_what_all_of_them_counted(tmp_path):
     assert most == 2 * value(after, "drops_database_pool_connections", state="most") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_the_expiry_loop_has_a_port_for_its_own(start_expiry):
     from tests.servers import free_port

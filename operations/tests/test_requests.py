@@ -220,6 +220,7 @@ PRODUCTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 @pytest.mark.parametrize("server", ["daphne", "uvicorn"])
 @pytest.mark.django_db(transaction=True)
@@ -244,6 +245,7 @@ def test_in_production_all_is_json_and_each_request_one_line(server):
     assert [line["user_id"] for line in of_requests][:2] == [user["X-User-Id"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.servers
 def test_the_expiry_loop_logs_json_in_production(start_expiry):
     loop = start_expiry(**PRODUCTION)

@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from django.conf import settings as project
 
+pytestmark = pytest.mark.slow
+
 HEADERS = {
     "X-User-Id": "00000000-0000-4000-8000-000000000001",
     "X-Auth-Signature": "t=1,v1=0123456789abcdef0123456789abcdef",
