@@ -208,6 +208,7 @@ def test_a_drop_with_too_many_claimants_is_not_read_again_and_again(clock, monke
             await background_work("ShortageMemory._learn")
         clock.now += 60.0
         await claim(lane, drop)
+        await background_work("ShortageMemory._learn")
         return (await claim(lane, drop, holds[0].user)).status
 
     assert play(scene) == 200
