@@ -141,7 +141,8 @@ class LimitedRequest(WebRequest):
         super().connectionLost(reason)
 
     def finish(self) -> None:
-        if self.channel is not None:
+        # Twisted takes the channel away from a request that is done.
+        if getattr(self, "channel", None) is not None:
             # Before the next request, which may be here already.
             self._factory.idle[self.channel] = time.monotonic() + IDLE_SECONDS
         super().finish()

@@ -478,3 +478,34 @@ def test_a_request_that_was_cut_short_changes_nothing(web_server, transactional_
 
     assert is_alive(web_server)
     assert Drop.objects.count() == 0
+
+
+# --- Answers of the hot routes ----------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
+def test_hot_answers_go_past_the_layers_of_the_server(web_server):
+    """Their head ends with what the server adds, which begins the head where it writes itself."""
+    with web_server.connect() as line:
+        for _ in range(2):  # on the same connection
+            line.sendall(request_bytes("GET", "/api/drops"))
+            answer = b""
+            while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+                assert (received := line.recv(65_536)), "the connection was closed"
+                answer += received
+            head, _, body = answer.partition(b"\r\n\r\n")
+            first, *headers = head.split(b"\r\n")
+            assert first == b"HTTP/1.1 200 OK"
+            assert headers[0] == b"content-length: %d" % len(body)
+            assert headers[-1] == b"server: %b" % web_server.server.encode()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_hot_answer_closes_the_connection_for_who_asks_for_that(web_server):
+    with web_server.connect() as line:
+        line.sendall(request_bytes("GET", "/api/drops", b"Connection: close"))
+        answer = b""
+        while received := line.recv(65_536):
+            answer += received
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"connection: close" in answer.lower()
