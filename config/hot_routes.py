@@ -8,13 +8,12 @@ reference for every answer; one test suite compares the two.
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import orjson
-from django.conf import settings
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest
 from rest_framework.exceptions import APIException
@@ -26,6 +25,7 @@ from config.body_limit import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers
+from config.quick_settings import quick_settings
 from config.servers import send_at_once
 from operations.requests import Record, record_of
 from users.identity import Asking, raw_target
@@ -48,6 +48,10 @@ READ_HEADERS = {
     b"content-length",
     b"transfer-encoding",
 }
+
+
+# A request with none of them is from nobody in particular, whatever the mode.
+IDENTITY_HEADERS = (b"x-user-id", b"x-auth-signature", b"authorization")
 
 
 class FallThrough(Exception):
@@ -78,6 +82,10 @@ class HotRequest:
     def header(self, name: bytes) -> str | None:
         return self.headers.get(name)
 
+    @property
+    def is_anonymous(self) -> bool:
+        return not any(name in self.headers for name in IDENTITY_HEADERS)
+
     def asking(self) -> Asking:
         """Return what says who is asking."""
         return Asking(
@@ -91,13 +99,22 @@ class HotRequest:
         return socket_address(self.scope)
 
 
+JSON = b"application/json"
+PROBLEM = CONTENT_TYPE.encode()
+CONTENT_TYPE_LINES = {
+    None: b"",
+    JSON: b"content-type: %b\r\n" % JSON,
+    PROBLEM: b"content-type: %b\r\n" % PROBLEM,
+}
+
+
 @dataclass(slots=True)
 class HotAnswer:
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ()
     # None for an answer that has no body of any kind.
-    content_type: bytes | None = b"application/json"
+    content_type: bytes | None = JSON
     # The outcome, as clients know it, where it isn't simply that it went well.
     code: str = ""
 
@@ -180,20 +197,31 @@ class HotRoutes:
         return None, ()
 
     async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
-        own = [
-            (b"content-length", b"%d" % len(answer.body)),
-            (b"x-request-id", request.request_id.encode()),
+        own = (
             *cors_headers(request.header(b"origin")),
             *request.answer_headers,
             *answer.headers,
+        )
+        common = self._common_headers(route.methods, request.scheme)
+        own_lines = header_lines(own)
+        if own_lines is not None:
+            lines = b"content-length: %d\r\nx-request-id: %b\r\n%b%b%b" % (
+                len(answer.body),
+                request.request_id.encode(),
+                CONTENT_TYPE_LINES[answer.content_type],
+                own_lines,
+                common.lines,
+            )
+            if send_at_once(send, answer.status, lines, answer.body):
+                return
+        headers = [
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"x-request-id", request.request_id.encode()),
+            *own,
+            *common.headers,
         ]
         if answer.content_type:
-            own.append((b"content-type", answer.content_type))
-        common = self._common_headers(route.methods, request.scheme)
-        head = header_lines(own)
-        if head is not None and send_at_once(send, answer.status, head + common.lines, answer.body):
-            return
-        headers = [*own, *common.headers]
+            headers.append((b"content-type", answer.content_type))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
@@ -206,8 +234,10 @@ class HotRoutes:
         return self._common[key]
 
 
-def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+def header_lines(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     """Return the lines of ``headers``, or None where one would begin another line."""
+    if not headers:
+        return b""
     lines = [b"%b: %b\r\n" % header for header in headers]
     joined = b"".join(lines)
     is_plain = joined.count(b"\n") == joined.count(b"\r") == len(lines)
@@ -244,12 +274,12 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         # It says nothing, except that ?format= is understood everywhere.
         raise FallThrough
     scheme = scheme_of(scope, found.get(b"x-forwarded-proto"))
-    if settings.SECURE_SSL_REDIRECT and scheme != "https":
+    if quick_settings.SECURE_SSL_REDIRECT and scheme != "https":
         raise FallThrough
     length = found.get(b"content-length", "0")
     if b"transfer-encoding" in found or not length.isdigit():
         raise FallThrough
-    if int(length) > settings.MAX_BODY_BYTES:
+    if int(length) > quick_settings.MAX_BODY_BYTES:
         raise FallThrough
     return HotRequest(
         scope=scope,
@@ -266,8 +296,8 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
 
 def scheme_of(scope: Scope, forwarded: str | None) -> str:
     """Return what the client speaks, as Django finds it out."""
-    if settings.SECURE_PROXY_SSL_HEADER and forwarded is not None:
-        is_secure = forwarded.split(",")[0].strip() == settings.SECURE_PROXY_SSL_HEADER[1]
+    if forwarded is not None and quick_settings.SECURE_PROXY_SSL_HEADER:
+        is_secure = forwarded.split(",")[0].strip() == quick_settings.SECURE_PROXY_SSL_HEADER[1]
         return "https" if is_secure else "http"
     return scope.get("scheme", "http")
 
@@ -320,9 +350,29 @@ def problem_answer(error: APIException, identifier: str) -> HotAnswer:
             (name.lower().encode(), value.encode())
             for name, value in problem_headers(error).items()
         ),
-        CONTENT_TYPE.encode(),
+        PROBLEM,
         document["code"],
     )
+
+
+class PreparedProblem:
+    """An error that many requests are answered with, rendered once."""
+
+    def __init__(self, error: APIException) -> None:
+        # Nothing else in the document looks like it.
+        mark = uuid.uuid4().hex
+        self._answer = problem_answer(error, mark)
+        self._before, self._after = self._answer.body.split(mark.encode())
+
+    @property
+    def code(self) -> str:
+        return self._answer.code
+
+    def answer(self, identifier: str) -> HotAnswer:
+        """Return the answer to one of the requests; ``identifier`` as ``request_id`` has it."""
+        answer = self._answer
+        body = b"%b%b%b" % (self._before, identifier.encode(), self._after)
+        return HotAnswer(answer.status, body, answer.headers, PROBLEM, answer.code)
 
 
 def drop_id_of(request: HotRequest) -> uuid.UUID:

@@ -58,7 +58,8 @@ class Limit:
         self.seconds = self.item.get_expiry()
         self.alone = int(self.amount * SHARE_ALONE)
         self._refusals = metrics.rate_limited.of(action, kind)
-        self.policy = f'"{kind}";q={self.amount};w={self.seconds}'
+        self._policy = f'"{kind}";q={self.amount};w={self.seconds}'.encode()
+        self._kind = kind.encode()
         # Requests in this window of the clock, and in the one before it.
         self._counts: dict[str, int] = {}
         self._counts_before: dict[str, int] = {}
@@ -124,8 +125,8 @@ class Limit:
     def headers(self, count: int, seconds: int) -> Headers:
         left = max(0, self.amount - count)
         return (
-            (b"ratelimit-policy", self.policy.encode()),
-            (b"ratelimit", f'"{self.kind}";r={left};t={seconds}'.encode()),
+            (b"ratelimit-policy", self._policy),
+            (b"ratelimit", b'"%b";r=%d;t=%d' % (self._kind, left, seconds)),
         )
 
 

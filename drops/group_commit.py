@@ -6,9 +6,9 @@ transaction is in flight; requests that arrive meanwhile, for whatever drops, wa
 and go out together in the next. Nobody waits for a timer, and an answer is given only after
 the commit.
 
-That transaction waits for no lock. A drop that somebody else has locked at that moment
-(another process, the expiry loop, staff) is left out of it and gets a queue of its own until
-that is empty, so a crowd on one drop never waits for another drop's lock.
+That transaction waits only a moment for locks: processes that sell the same drops take turns.
+A drop that somebody else keeps locked for longer is left out of it and gets a queue of its own
+until that is empty, so a crowd on one drop hardly ever waits for another drop's lock.
 """
 
 import asyncio
@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from django.db import DatabaseError, connection
+from psycopg.errors import LockNotAvailable
 
 from config.problems import Busy, Unavailable, may_pass
+from drops.services import Wait
 from operations import metrics
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,14 @@ class Settle(Protocol):
     """Settle the requests of several drops; runs in a thread.
 
     Returns:
-        One answer per request, by drop, after the commit. Drops that somebody else keeps
-        locked are left out, unless it ``may_wait``.
+        One answer per request, by drop, after the commit; with ``Wait.NOT``, without the
+        drops that somebody else keeps locked.
+    Raises:
+        OperationalError: by ``LockNotAvailable``, with ``Wait.BRIEFLY``: one is kept locked.
     """
 
     def __call__(
-        self, batch: dict[uuid.UUID, list[Any]], *, may_wait: bool
+        self, batch: dict[uuid.UUID, list[Any]], *, wait: Wait
     ) -> dict[uuid.UUID, list[Any]]: ...
 
 
@@ -87,6 +91,10 @@ class Lane:
     started_at: float | None = None
     # One for all who wait: a timer for each would cost more than the rest of its way.
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def wait(self) -> Wait:
+        return Wait.BRIEFLY if self.drop_id is None else Wait.AS_LONG_AS_IT_TAKES
 
     def watch(self) -> None:
         """See to it that whoever waits for ``ANSWER_SECONDS`` is told so."""
@@ -200,7 +208,7 @@ class GroupCommit:
         requests = {pk: [one.request for one in of_drop] for pk, of_drop in waiting.items()}
         lane.in_flight, lane.started_at = batch, time.monotonic()
         answers = await asyncio.get_running_loop().run_in_executor(
-            lane.executor, settle_apart, batch[0].settle, requests, lane.drop_id is not None
+            lane.executor, settle_apart, batch[0].settle, requests, lane.wait
         )
         took = time.monotonic() - lane.started_at
         # Once for the batch, not for each claim: the first has waited longest.
@@ -240,7 +248,7 @@ def give_answers(waiting: Sequence[Waiting], answers: Sequence[Any]) -> None:
 
 
 def settle_apart(
-    settle: Settle, batch: dict[uuid.UUID, list[Any]], may_wait: bool
+    settle: Settle, batch: dict[uuid.UUID, list[Any]], wait: Wait
 ) -> dict[uuid.UUID, list[Any]]:
     """Settle a batch; where that breaks, drop by drop and in halves, down to the one to blame.
 
@@ -249,8 +257,10 @@ def settle_apart(
     """
     count = sum(map(len, batch.values()))
     try:
-        return settle(batch, may_wait=may_wait)
+        return settle(batch, wait=wait)
     except Exception as exc:
+        if wait is Wait.BRIEFLY and isinstance(exc.__cause__, LockNotAvailable):
+            return settle_apart(settle, batch, Wait.NOT)
         if may_pass(exc):
             logger.warning("a batch of %d failed: %s", count, exc)
             connection.close()
@@ -264,10 +274,10 @@ def settle_apart(
         return {
             pk: answers
             for drop_id, requests in batch.items()
-            for pk, answers in settle_apart(settle, {drop_id: requests}, may_wait).items()
+            for pk, answers in settle_apart(settle, {drop_id: requests}, wait).items()
         }
     ((drop_id, requests),) = batch.items()
     # Half of a drop's answers would be of no use, so now its lock is waited for.
     halves = [requests[: count // 2], requests[count // 2 :]]
-    settled = [settle_apart(settle, {drop_id: half}, True) for half in halves]
+    settled = [settle_apart(settle, {drop_id: half}, Wait.AS_LONG_AS_IT_TAKES) for half in halves]
     return {drop_id: [answer for half in settled for answer in half[drop_id]]}

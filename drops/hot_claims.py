@@ -11,6 +11,7 @@ from rest_framework.exceptions import APIException, NotFound
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
 from config.rate_limits import rate_limits
 from drops.group_commit import GroupCommit, Settle
+from drops.services import Wait
 from users.authentication import ADMITTED
 from users.exceptions import IdempotencyInProgress, InvalidIdempotencyKey, UnknownUser
 from users.idempotency import Answer, Key, answer_once, make_key
@@ -95,7 +96,7 @@ class SettleMany(Protocol):
     """``reserve_on_drops`` or ``purchase_on_drops``."""
 
     def __call__(
-        self, claims: dict[uuid.UUID, list[Any]], /, *, may_wait: bool
+        self, claims: dict[uuid.UUID, list[Any]], /, *, wait: Wait
     ) -> dict[uuid.UUID, list[Any]]: ...
 
 
@@ -104,16 +105,16 @@ def settle_claims(
     settle_many: SettleMany,
     encode: Callable[[Any], Answer],
     *,
-    may_wait: bool,
+    wait: Wait,
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
     if not settings.CREATE_UNKNOWN_USERS:
-        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
+        return _settle_known(batch, settle_many, encode, wait=wait)
     if settings.DEBUG:
         _make_unknown_users([claim for claims in batch.values() for claim in claims])
-        return _settle_known(batch, settle_many, encode, may_wait=may_wait)
+        return _settle_known(batch, settle_many, encode, wait=wait)
     # Outside development almost nobody is new, so only who turned out to be costs anything.
-    answers = _settle_known(batch, settle_many, encode, may_wait=may_wait)
+    answers = _settle_known(batch, settle_many, encode, wait=wait)
     new = {
         drop_id: [
             claim
@@ -126,7 +127,8 @@ def settle_claims(
     if new:
         create_users([claim.identity for claims in new.values() for claim in claims])
         # It waits for the drops' locks: what was settled already can't be left out any more.
-        for drop_id, of_drop in _settle_known(new, settle_many, encode, may_wait=True).items():
+        to_the_end = _settle_known(new, settle_many, encode, wait=Wait.AS_LONG_AS_IT_TAKES)
+        for drop_id, of_drop in to_the_end.items():
             settled = iter(of_drop)
             answers[drop_id] = [
                 next(settled) if isinstance(answer, UnknownUser) else answer
@@ -140,16 +142,19 @@ def _settle_known(
     settle_many: SettleMany,
     encode: Callable[[Any], Answer],
     *,
-    may_wait: bool,
+    wait: Wait,
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
+    may_wait = wait is Wait.AS_LONG_AS_IT_TAKES
     requests = [(drop_id, claim) for drop_id, claims in batch.items() for claim in claims]
 
     def settle(indexes: list[int]) -> list[Any]:
         claims: dict[uuid.UUID, list[Any]] = {}
+        identities: dict[uuid.UUID, list[Identity]] = {}
         for index in indexes:
             drop_id, request = requests[index]
             claims.setdefault(drop_id, []).append(request.claim)
-        outcomes = settle_many(claims, may_wait=may_wait)
+            identities.setdefault(drop_id, []).append(request.identity)
+        outcomes = settle_many(claims, wait=wait)
         answers = {
             drop_id: iter(
                 [
@@ -159,11 +164,11 @@ def _settle_known(
             )
             for drop_id, of_drop in outcomes.items()
         }
-        missing = {requests[index][0] for index in indexes} - answers.keys()
-        for drop_id in missing:
-            answers[drop_id] = iter(
-                _no_such_drop(batch[drop_id]) if may_wait else [LEFT_OUT] * len(batch[drop_id])
-            )
+        for drop_id in claims.keys() - answers.keys():
+            if wait is Wait.NOT:
+                answers[drop_id] = iter([LEFT_OUT] * len(claims[drop_id]))
+            else:
+                answers[drop_id] = iter(_no_such_drop(identities[drop_id]))
         return [next(answers[requests[index][0]]) for index in indexes]
 
     try:
@@ -177,11 +182,11 @@ def _settle_known(
     return {pk: of_drop for pk, of_drop in answers.items() if LEFT_OUT not in of_drop}
 
 
-def _no_such_drop(requests: Sequence[HotClaim]) -> list[APIException]:
+def _no_such_drop(identities: Sequence[Identity]) -> list[APIException]:
     """Say so, or that there is no such user: who asks comes first, as everywhere."""
-    users = User.objects.filter(pk__in=[r.identity.user_id for r in requests], is_active=True)
+    users = User.objects.filter(pk__in=[one.user_id for one in identities], is_active=True)
     known = set(users.values_list("pk", flat=True))
-    return [NotFound() if r.identity.user_id in known else UnknownUser() for r in requests]
+    return [NotFound() if one.user_id in known else UnknownUser() for one in identities]
 
 
 def _make_unknown_users(requests: Sequence[HotClaim]) -> None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum, auto
 from typing import Any
 
 import orjson
@@ -41,7 +42,20 @@ ALLOWED_STATUS_CHANGES: dict[str, set[DropStatus]] = {
 
 DROP_COLUMNS = [field.attname for field in Drop._meta.concrete_fields]
 VARIANT_COLUMNS = [field.attname for field in Variant._meta.concrete_fields]
-LOCK_DROPS = f"""
+
+
+class Wait(Enum):
+    """How long to wait for drops that somebody else has locked."""
+
+    # Not at all: they are left out.
+    NOT = auto()
+    # For ``BRIEF_WAIT_MS``: a batch of another process, or of the expiry loop, is done by then.
+    BRIEFLY = auto()
+    AS_LONG_AS_IT_TAKES = auto()
+
+
+BRIEF_WAIT_MS = 100
+LOCK_ALL = f"""
     SELECT {", ".join(f"drop.{column}" for column in DROP_COLUMNS)},
            {", ".join(f"variant.{column}" for column in VARIANT_COLUMNS)},
            (SELECT count(*) FROM drops_variant WHERE drop_id = drop.id)
@@ -51,6 +65,16 @@ LOCK_DROPS = f"""
     ORDER BY drop.id, variant.id
     FOR NO KEY UPDATE OF drop, variant
 """  # noqa: S608 - the columns are the models' own
+LOCK_DROPS = {
+    Wait.NOT: f"{LOCK_ALL} SKIP LOCKED",
+    # In the same statement, for it would be a round trip more. PostgreSQL works it out before
+    # it takes the first lock, because all rows are sorted by then.
+    Wait.BRIEFLY: LOCK_ALL.replace(
+        "FROM drops_drop AS drop",
+        f"FROM set_config('lock_timeout', '{BRIEF_WAIT_MS}ms', true), drops_drop AS drop",
+    ),
+    Wait.AS_LONG_AS_IT_TAKES: LOCK_ALL,
+}
 
 
 @dataclass
@@ -193,18 +217,21 @@ def lock_drop(drop_id: uuid.UUID) -> LockedDrop:
 
 
 def lock_drops(
-    drop_ids: Iterable[uuid.UUID], *, may_wait: bool = True
+    drop_ids: Iterable[uuid.UUID], wait: Wait = Wait.AS_LONG_AS_IT_TAKES
 ) -> dict[uuid.UUID, LockedDrop]:
     """Lock several drops with their variants, in the order of their ids.
 
-    Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
-    else keeps locked.
+    Left out are drops that don't exist and, with ``Wait.NOT``, those that somebody else
+    keeps locked.
+
+    Raises:
+        OperationalError: by ``LockNotAvailable``, with ``Wait.BRIEFLY``.
     """
     with connection.cursor() as cursor:
         # One statement locks both, in the order of the OF clause, and after a wait re-reads
         # both, so the counters are those of the last commit. NO KEY, because a plain FOR
         # UPDATE would also block each insert that refers to these rows.
-        cursor.execute(LOCK_DROPS + ("" if may_wait else "SKIP LOCKED"), [list(drop_ids)])
+        cursor.execute(LOCK_DROPS[wait], [list(drop_ids)])
         rows = cursor.fetchall()
     width = len(DROP_COLUMNS)
     locked: dict[uuid.UUID, LockedDrop] = {}

@@ -19,6 +19,7 @@ from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
 from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
+from drops.services import Wait
 from purchases.models import Purchase
 from purchases.services import purchase_on_drops
 from users.idempotency import Answer
@@ -47,9 +48,9 @@ class PurchaseEndpoint:
 
 
 def settle_purchases(
-    batch: dict[uuid.UUID, list[HotClaim]], *, may_wait: bool
+    batch: dict[uuid.UUID, list[HotClaim]], *, wait: Wait
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
-    return settle_claims(batch, purchase_on_drops, encode, may_wait=may_wait)
+    return settle_claims(batch, purchase_on_drops, encode, wait=wait)
 
 
 def encode(purchase: Purchase) -> Answer:

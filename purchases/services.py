@@ -14,7 +14,7 @@ from config.database import read_clock
 from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, StockAdjustment
-from drops.services import LockedDrop, lock_drop, lock_drops, save_drops
+from drops.services import LockedDrop, Wait, lock_drop, lock_drops, save_drops
 from operations import metrics
 from purchases.exceptions import AlreadyRefunded
 from purchases.models import Purchase, PurchaseStatus
@@ -68,14 +68,14 @@ def purchase_many(
 
 @transaction.atomic
 def purchase_on_drops(
-    user_ids: Mapping[uuid.UUID, Sequence[uuid.UUID]], *, may_wait: bool = True
+    user_ids: Mapping[uuid.UUID, Sequence[uuid.UUID]], *, wait: Wait = Wait.AS_LONG_AS_IT_TAKES
 ) -> dict[uuid.UUID, list[Purchase | APIException]]:
     """Sell what users hold of several drops, of each drop as ``purchase_many`` does.
 
-    Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
-    else keeps locked: nobody waits there for a drop they don't want.
+    Left out are drops that don't exist and, with ``Wait.NOT``, those that somebody else keeps
+    locked.
     """
-    locked_drops = lock_drops(user_ids, may_wait=may_wait)
+    locked_drops = lock_drops(user_ids, wait)
     latest = latest_reservations((pk, user_id) for pk in locked_drops for user_id in user_ids[pk])
     outcomes = {}
     bought: list[Purchase] = []

@@ -57,7 +57,9 @@ class EventStreams:
         self.application = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        match = ADDRESS.fullmatch(scope["path"]) if scope["method"] == "GET" else None
+        path = scope["path"]
+        # The quick look is for the many that want something else.
+        match = ADDRESS.fullmatch(path) if scope["method"] == "GET" and "events" in path else None
         if match is None or b"text/event-stream" not in dict(scope["headers"]).get(b"accept", b""):
             return await self.application(scope, receive, send)
         try:

@@ -21,6 +21,7 @@ from drops.currencies import format_amount
 from drops.exceptions import format_instant
 from drops.group_commit import GroupCommit
 from drops.hot_claims import HotClaim, admit, key_of, settle_claims, settle_in_batch
+from drops.services import Wait
 from reservations.memory import ShortageMemory
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, reserve_on_drops
@@ -45,7 +46,7 @@ class ReserveEndpoint:
         claim = read_claim(request, identity)
         key = key_of(request, identity)
         if refusal := self.memory.refusal(drop_id, claim, may_be_repeat=key is not None):
-            return problem_answer(refusal, request.request_id)
+            return refusal.answer(request.request_id)
         outcome = await settle_in_batch(
             request, self.group, drop_id, settle_reserves, HotClaim(identity, key, claim)
         )
@@ -78,9 +79,9 @@ def read_claim(request: HotRequest, identity: Identity) -> Claim:
 
 
 def settle_reserves(
-    batch: dict[uuid.UUID, list[HotClaim]], *, may_wait: bool
+    batch: dict[uuid.UUID, list[HotClaim]], *, wait: Wait
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
-    return settle_claims(batch, reserve_on_drops, encode, may_wait=may_wait)
+    return settle_claims(batch, reserve_on_drops, encode, wait=wait)
 
 
 def encode(reservation: Reservation) -> Answer:

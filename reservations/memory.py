@@ -20,6 +20,7 @@ from django.db import DatabaseError, connection
 from psycopg_pool import PoolTimeout
 from rest_framework.exceptions import APIException
 
+from config.hot_routes import PreparedProblem
 from config.problems import Refusal
 from drops.exceptions import (
     DropCancelled,
@@ -62,7 +63,9 @@ class Remembered:
     until: float = 0.0
     renew_at: float = 0.0
     is_renewing: bool = False
-    refusals: dict[tuple[uuid.UUID | None, int], Refusal | None] = field(default_factory=dict)
+    refusals: dict[tuple[uuid.UUID | None, int], PreparedProblem | None] = field(
+        default_factory=dict
+    )
 
     def extend(self, read_at: datetime, read_since: float) -> None:
         """Trust the state for as long as nothing happens by the mere passing of time."""
@@ -73,12 +76,13 @@ class Remembered:
         self.until = read_since + seconds
         self.renew_at = read_since + RENEW_AFTER_SECONDS
 
-    def refusal(self, claim: Claim) -> Refusal | None:
+    def refusal(self, claim: Claim) -> PreparedProblem | None:
         key = claim.variant_id, claim.quantity
         if key not in self.refusals:
             if len(self.refusals) >= MAX_REFUSALS:
                 self.refusals.clear()
-            self.refusals[key] = self._work_out(claim)
+            refusal = self._work_out(claim)
+            self.refusals[key] = None if refusal is None else PreparedProblem(refusal)
         return self.refusals[key]
 
     def _work_out(self, claim: Claim) -> Refusal | None:
@@ -119,7 +123,7 @@ class ShortageMemory:
 
     def refusal(
         self, drop_id: uuid.UUID, claim: Claim, *, may_be_repeat: bool = False
-    ) -> Refusal | None:
+    ) -> PreparedProblem | None:
         """Return why ``claim`` fails, where that is certain enough, else None."""
         known = self._remembered.get(drop_id)
         if known is None:

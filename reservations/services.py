@@ -28,7 +28,7 @@ from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, DropStatus, Variant
-from drops.services import LockedDrop, change_drop, lock_drop, lock_drops, save_drops
+from drops.services import LockedDrop, Wait, change_drop, lock_drop, lock_drops, save_drops
 from operations import metrics
 from realtime.models import EventType
 from reservations.exceptions import (
@@ -114,16 +114,16 @@ def reserve_many(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Reservatio
 
 @transaction.atomic
 def reserve_on_drops(
-    claims: Mapping[uuid.UUID, Sequence[Claim]], *, may_wait: bool = True
+    claims: Mapping[uuid.UUID, Sequence[Claim]], *, wait: Wait = Wait.AS_LONG_AS_IT_TAKES
 ) -> dict[uuid.UUID, list[Reservation | APIException]]:
     """Settle claims on several drops in one transaction, each drop's as ``reserve_many`` does.
 
-    Left out are drops that don't exist and, unless it ``may_wait``, those that somebody
-    else keeps locked: nobody waits there for a drop they don't want.
+    Left out are drops that don't exist and, with ``Wait.NOT``, those that somebody else keeps
+    locked.
     """
     if settings.MAX_ACTIVE_HOLDS:
         lock_claimants(claim for of_drop in claims.values() for claim in of_drop)
-    locked_drops = lock_drops(claims, may_wait=may_wait)
+    locked_drops = lock_drops(claims, wait)
     shares, now = read_shares(
         (locked.drop, claim) for pk, locked in locked_drops.items() for claim in claims[pk]
     )

@@ -34,7 +34,7 @@ def blocked(call: Callable[[], Any]) -> Iterator[None]:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_and_disconnect, call)
         with connection.cursor() as cursor:
-            while not _is_anybody_waiting(cursor):
+            while not is_anybody_waiting(cursor):
                 assert not running.done(), "the call did not have to wait"
         yield
         running.result(timeout=10)
@@ -47,7 +47,7 @@ def _and_disconnect(call: Callable[[], Any]) -> Any:
         connection.close()
 
 
-def _is_anybody_waiting(cursor: CursorWrapper) -> bool:
+def is_anybody_waiting(cursor: CursorWrapper) -> bool:
     cursor.execute(
         "SELECT FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"

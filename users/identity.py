@@ -15,6 +15,7 @@ from typing import Any
 from django.conf import settings
 from django.utils.crypto import salted_hmac
 
+from config.quick_settings import quick_settings
 from users import tokens
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.models import User
@@ -63,7 +64,7 @@ def identify(asking: Asking) -> Identity | None:
     Raises:
         InvalidIdentity: what the request says about it can't be read, or is not proven.
     """
-    return READERS[settings.IDENTITY_MODE](asking)
+    return READERS[quick_settings.IDENTITY_MODE](asking)
 
 
 def identify_socket(scope: dict[str, Any]) -> Identity | None:
@@ -157,9 +158,10 @@ def read_identity(user_id: str | None, name: str | None) -> Identity | None:
     """
     if user_id is None:
         return None
-    if not USUAL_UUID.fullmatch(user_id.strip()):
+    text = user_id.strip()
+    if not USUAL_UUID.fullmatch(text):
         raise InvalidIdentity
-    parsed = uuid.UUID(user_id.strip())
+    parsed = uuid.UUID(text)
     if not parsed.int:
         raise InvalidIdentity
     return Identity(parsed, usable_name(name))

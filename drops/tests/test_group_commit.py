@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,13 @@ from config.problems import Busy
 from drops import group_commit
 from drops.group_commit import ANSWER_SECONDS, MAX_BATCH, MAX_DROPS_APART, GroupCommit, Settle
 from drops.models import Drop
-from drops.services import lock_drop
+from drops.services import BRIEF_WAIT_MS, LOCK_DROPS, Wait, lock_drop
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from reservations.exceptions import FullyReserved
 from reservations.models import Reservation
 from reservations.services import Claim, reserve_on_drops
+from tests.concurrency import is_anybody_waiting
 from tests.hot import give_connections_back
 from users.models import User
 from users.tests.factories import UserFactory
@@ -41,7 +43,7 @@ def group() -> Iterator[GroupCommit]:
 class Answering:
     """Answers every request with itself and an exclamation mark, once its batch may leave.
 
-    Drops in ``locked`` are left out of a batch that may not wait.
+    Drops in ``locked`` are left out of a batch that may wait only a moment.
     """
 
     def __init__(self, *, is_open: bool = True, locked: Collection[uuid.UUID] = ()) -> None:
@@ -56,9 +58,9 @@ class Answering:
             self.open()
 
     def __call__(
-        self, batch: dict[uuid.UUID, list[Any]], *, may_wait: bool
+        self, batch: dict[uuid.UUID, list[Any]], *, wait: Wait
     ) -> dict[uuid.UUID, list[Any]]:
-        if not may_wait:
+        if wait is not Wait.AS_LONG_AS_IT_TAKES:
             batch = {pk: requests for pk, requests in batch.items() if pk not in self.locked}
             if not batch:
                 return {}
@@ -203,9 +205,9 @@ def test_reserves_and_purchases_of_a_drop_never_mix_nor_overlap(group):
     reserves, purchases = Answering(is_open=False), Answering()
     inside_together = []
 
-    def purchase(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+    def purchase(batch: dict[uuid.UUID, list[Any]], *, wait: Wait) -> Any:
         inside_together.append(reserves._inside)
-        return purchases(batch, may_wait=may_wait)
+        return purchases(batch, wait=wait)
 
     async def scene():
         tasks = await submit_all(group, reserves, ["r0"])
@@ -312,8 +314,8 @@ class Poison(Exception):
 def fails_for(poisoned: set[Any], settle: Any) -> Any:
     """Return a ``settle`` that breaks for every batch with one of these in it."""
 
-    def settle_or_fail(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
-        answers = settle(batch, may_wait=may_wait)
+    def settle_or_fail(batch: dict[uuid.UUID, list[Any]], *, wait: Wait) -> Any:
+        answers = settle(batch, wait=wait)
         if any(not poisoned.isdisjoint(requests) for requests in batch.values()):
             raise Poison
         return answers
@@ -327,9 +329,9 @@ def test_a_poisoned_request_fails_alone(group, poisoned, caplog):
     blocked, settle = Answering(is_open=False), Answering()
     broken = fails_for(poisoned, settle)
 
-    def settle_later(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+    def settle_later(batch: dict[uuid.UUID, list[Any]], *, wait: Wait) -> Any:
         settle = blocked if batch == {DROP: ["first"]} else broken
-        return settle(batch, may_wait=may_wait)
+        return settle(batch, wait=wait)
 
     async def scene():
         first = await submit_all(group, settle_later, ["first"])
@@ -355,7 +357,7 @@ def test_a_poisoned_request_fails_alone(group, poisoned, caplog):
 def test_settling_that_answers_too_few_fails_instead_of_hanging(group, caplog):
     caplog.set_level(logging.CRITICAL, "drops.group_commit")
 
-    def too_few(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+    def too_few(batch: dict[uuid.UUID, list[Any]], *, wait: Wait) -> Any:
         return {pk: ["only one"] for pk in batch}
 
     async def scene():
@@ -456,9 +458,9 @@ def in_one_batch(
     """Submit the requests while another batch is in flight; return answers and exceptions."""
     blocked = Answering(is_open=False)
 
-    def settle_after_first(batch: dict[uuid.UUID, list[Any]], *, may_wait: bool) -> Any:
+    def settle_after_first(batch: dict[uuid.UUID, list[Any]], *, wait: Wait) -> Any:
         is_first = batch == {drop_id: ["first"]}
-        return (blocked if is_first else settle)(batch, may_wait=may_wait)
+        return (blocked if is_first else settle)(batch, wait=wait)
 
     async def scene():
         first = await submit_all(group, settle_after_first, ["first"], drop_id)
@@ -496,8 +498,8 @@ def test_a_claim_that_breaks_a_constraint_fails_alone_and_the_order_stays(
     poisoned = users[1].pk
 
     @transaction.atomic
-    def settle(claims: dict[uuid.UUID, list[Claim]], *, may_wait: bool) -> Any:
-        outcomes = reserve_on_drops(claims, may_wait=may_wait)
+    def settle(claims: dict[uuid.UUID, list[Claim]], *, wait: Wait) -> Any:
+        outcomes = reserve_on_drops(claims, wait=wait)
         if poisoned in {claim.user_id for claim in claims[drop.pk]}:
             Reservation.objects.filter(drop=drop).update(quantity=0)
         return outcomes
@@ -517,8 +519,8 @@ def test_a_lost_connection_fails_its_batch_and_the_next_one_works(group_on_datab
     drop, users = DropFactory(total_stock=5), UserFactory.create_batch(5)
 
     @transaction.atomic
-    def settle_without_commit(claims: dict[uuid.UUID, list[Claim]], *, may_wait: bool) -> Any:
-        outcomes = reserve_on_drops(claims, may_wait=may_wait)
+    def settle_without_commit(claims: dict[uuid.UUID, list[Claim]], *, wait: Wait) -> Any:
+        outcomes = reserve_on_drops(claims, wait=wait)
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
         return outcomes
@@ -555,6 +557,43 @@ def test_a_drop_that_another_transaction_has_locked_keeps_up_no_other(group_on_d
 
     assert (of_free.drop_id, of_locked.drop_id) == (free.pk, locked.pk)
     assert audit_stock().differences == []
+
+
+def test_a_lock_that_is_soon_free_is_waited_for_together(group_on_database, monkeypatch):
+    locked, free = DropFactory(total_stock=1), DropFactory(total_stock=1)
+    users = UserFactory.create_batch(2)
+    # However slow the machine is, this moment is longer.
+    longer = LOCK_DROPS[Wait.BRIEFLY].replace(f"{BRIEF_WAIT_MS}ms", "10s")
+    monkeypatch.setitem(LOCK_DROPS, Wait.BRIEFLY, longer)
+    batches = []
+
+    def settle(batch: dict[uuid.UUID, list[Claim]], *, wait: Wait) -> Any:
+        batches.append((set(batch), wait))
+        return reserve_on_drops(batch, wait=wait)
+
+    async def scene():
+        tasks = []
+        for drop, user in zip((locked, free), users, strict=True):
+            tasks += await submit_all(group_on_database, settle, [Claim(user.pk)], drop.pk)
+        await asyncio.to_thread(somebody_waits_for_a_lock)
+        assert not any(task.done() for task in tasks)
+        has_lock.set()
+        return await asyncio.gather(*tasks)
+
+    has_lock = threading.Event()
+    with locked_elsewhere(locked, until=has_lock):
+        outcomes = play(scene)
+
+    assert [outcome.drop_id for outcome in outcomes] == [locked.pk, free.pk]
+    assert batches == [({locked.pk}, Wait.BRIEFLY), ({free.pk}, Wait.BRIEFLY)]
+    assert audit_stock().differences == []
+
+
+def somebody_waits_for_a_lock() -> None:
+    deadline = time.monotonic() + 10
+    with closing(connection.copy()) as other, other.cursor() as cursor:
+        while not is_anybody_waiting(cursor):
+            assert time.monotonic() < deadline
 
 
 @contextmanager
