@@ -63,8 +63,7 @@ LOCK_ALL = f"""
     JOIN drops_variant AS variant ON variant.drop_id = drop.id
     WHERE drop.id = ANY(%b::uuid[])
     ORDER BY drop.id, variant.id
-    FOR NO KEY UPDATE OF drop, variant
-"""  # noqa: S608 - the columns are the models' own
+    FOR NO KEY UPDATE OF drop, variant"""  # noqa: S608 - the columns are the models' own
 LOCK_DROPS = {
     Wait.NOT: f"{LOCK_ALL} SKIP LOCKED",
     # In the same statement, for it would be a round trip more. PostgreSQL works it out before

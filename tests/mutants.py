@@ -176,9 +176,12 @@ MUTANTS = [
     Mutant(
         "the order of the locks",
         partial(
-            patch,
-            "drops.services.LOCK_DROPS",
-            LOCK_DROPS.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop"),
+            patch.dict,
+            LOCK_DROPS,
+            {
+                wait: query.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop")
+                for wait, query in LOCK_DROPS.items()
+            },
         ),
         test_races.test_the_drop_is_locked_before_its_variants,
         {},

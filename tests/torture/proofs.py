@@ -12,6 +12,8 @@ from tests.shop import open_shop
 from tests.torture.run import Run
 
 STEPS_PER_HISTORY = 50
+# Then there is a line about how far it is.
+HISTORIES_AT_ONCE = 100
 # Triples draw their scenes from so many; each needs its six serial orders played first.
 SCENES_IN_SHORT = 12
 BATCHES_IN_SHORT = {("reserve", "batch"), ("batch", "batch")}
@@ -24,17 +26,16 @@ def model(run: Run) -> None:
         shop = open_shop(stack, clock)
         drawn = run.random.getrandbits(32)
         result.facts.append(f"Hypothesis seed {drawn}")
-        histories = settings(
-            # Histories may end early, so this many may not be enough; then more follow.
-            max_examples=max(1, steps // STEPS_PER_HISTORY),
-            stateful_step_count=STEPS_PER_HISTORY,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-            verbosity=Verbosity.quiet,
-        )
         while shop.steps < steps:
+            histories = settings(
+                max_examples=min(HISTORIES_AT_ONCE, -(-(steps - shop.steps) // STEPS_PER_HISTORY)),
+                stateful_step_count=STEPS_PER_HISTORY,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+                verbosity=Verbosity.quiet,
+            )
             run_state_machine_as_test(seed(drawn + shop.steps)(shop), settings=histories)
             run.say(f"Model: {shop.steps:,} of {steps:,} steps")
         result.operations = shop.steps
