@@ -34,7 +34,7 @@ default_pool_size = {sessions}
 max_client_conn = 1000
 """
 
-# The same map as in docs/scaling.md.
+# The same map as in deploy/nginx.conf.
 NGINX = """
 daemon off;
 pid {folder}/nginx.pid;
@@ -50,7 +50,7 @@ http {{
     scgi_temp_path {folder}/scgi;
 
     map $uri $drop_or_request {{
-        "~^/(api|ws)/drops/(?<drop>[0-9a-f-]{{36}})" $drop;
+        "~^/api/drops/(?<drop>[0-9a-f-]{{36}})" $drop;
         default $request_id;
     }}
     upstream web {{

@@ -105,12 +105,14 @@ class Topology:
         environment: Mapping[str, str],
         port: int | None = None,
         expiry_loops: int = EXPIRY_LOOPS,
+        is_pinned: bool = False,
     ) -> None:
         self.environment = dict(environment)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.web_ports = [free_port() for _ in range(WEB_PROCESSES)]
         self.expiry_loops = expiry_loops
+        self.is_pinned = is_pinned
         self.web: list[Part] = []
         self.expiry: list[Part] = []
         self.nginx: Part | None = None
@@ -173,7 +175,7 @@ class Topology:
         self.web[place].wait_for(f"http://127.0.0.1:{self.web_ports[place]}/healthz")
 
     def _nginx_command(self) -> list[str]:
-        write_nginx_folder(self.folder, self.web_ports, self.port)
+        write_nginx_folder(self.folder, self.web_ports, self.port, is_pinned=self.is_pinned)
         # Everything it writes stays in the folder, whoever runs it; its workers may be nobody.
         self.folder.chmod(0o711)
         main = "daemon off; pid nginx.pid;"
@@ -181,8 +183,12 @@ class Topology:
         return [nginx_program(), *place, "-e", "stderr", "-g", main]
 
 
-def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
+def write_nginx_folder(
+    folder: Path, web_ports: list[int], port: int, *, is_pinned: bool = False
+) -> None:
     """Put nginx.conf and what it includes into ``folder``.
+
+    ``is_pinned``: all requests for one drop go to the same web process.
 
     ``max_fails=0``: no process here is left alone for having refused. To be refused costs
     nothing on the same machine, and of two that restart in turn nginx would avoid the first
@@ -191,8 +197,9 @@ def write_nginx_folder(folder: Path, web_ports: list[int], port: int) -> None:
     shutil.copy(NGINX_CONF, folder / "nginx.conf")
     servers = "".join(f"    server 127.0.0.1:{web} max_fails=0;\n" for web in web_ports)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    choice = "    hash $drop_or_request consistent;\n" if is_pinned else ""
     (folder / "upstream.conf").write_text(
-        f"upstream drops {{\n    zone drops 64k;\n{servers}    keepalive 64;\n}}\n"
+        f"upstream drops {{\n    zone drops 64k;\n{choice}{servers}    keepalive 64;\n}}\n"
         + "".join(f"{kind}_temp_path {kind}_temp;\n" for kind in kinds)
     )
     (folder / "server.d").mkdir(exist_ok=True)
@@ -268,6 +275,9 @@ def main() -> int:
         "as compose.yaml does in containers. DATABASE_URL and REDIS_URL name others.",
     )
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    parser.add_argument(
+        "--pin", action="store_true", help="sell each drop by one web process (docs/scaling.md)"
+    )
     parser.add_argument("--demo", action="store_true", help="load the demo drops of fixtures/")
     options = parser.parse_args()
     # SIGTERM takes the same way out as Ctrl-C, so that all servers stop.
@@ -282,7 +292,8 @@ def main() -> int:
             manage(environment, "collectstatic", "--no-input")
             if options.demo:
                 manage(environment, "loaddata", "demo")
-            with StopRequest() as stop, Topology(environment, options.port) as topology:
+            running = Topology(environment, options.port, is_pinned=options.pin)
+            with StopRequest() as stop, running as topology:
                 print(f"Up: {topology.url}, web processes on {topology.web_ports}", flush=True)
                 print(f"Logs: {topology.folder}. Ctrl-C stops everything.", flush=True)
                 while not stop.wait(1):

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -270,6 +270,53 @@ def test_events_come_through_at_once(topology):
         while next(lines) != "event: STOCK_UPDATED":
             pass
         assert time.monotonic() - started < 2
+
+
+class Name(http.server.BaseHTTPRequestHandler):
+    """A web process that says which one it is."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(self.server.server_address[1]).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@needs_nginx
+def test_a_pinned_drop_is_always_sold_by_the_same_process(tmp_path):
+    with ExitStack() as stack:
+        ports = []
+        for _ in range(2):
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Name))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            ports.append(server.server_port)
+        write_nginx_folder(tmp_path, ports, port := free_port(), is_pinned=True)
+        client = stack.enter_context(httpx.Client(trust_env=False))
+        stack.enter_context(nginx(tmp_path))
+        wait_until_answered(f"http://127.0.0.1:{port}/")
+
+        def answered_by(path: str) -> set[str]:
+            urls = [f"http://127.0.0.1:{port}{path}{end}" for end in ("", "/reserve", "/events")]
+            return {client.get(url).text for url in urls * 5}
+
+        by_drop = [answered_by(f"/api/drops/{uuid.UUID(int=number)}") for number in range(20)]
+        lists = {client.get(f"http://127.0.0.1:{port}/api/drops").text for _ in range(40)}
+
+    assert {len(processes) for processes in by_drop} == {1}
+    assert set.union(*by_drop) == lists == {str(place) for place in ports}
+
+
+def wait_until_answered(url: str) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with suppress(httpx.ConnectError):
+            httpx.get(url, trust_env=False)
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no answer of {url}")
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
