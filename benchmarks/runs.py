@@ -7,7 +7,7 @@ audit at its end.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -105,10 +105,14 @@ def client_figures(report: Report, usage: Usage) -> Run:
 
 @contextmanager
 def warm_web(
-    bench: Bench, hot: Sequence[Hot], server: str = "uvicorn", workers: int = 1
+    bench: Bench,
+    hot: Sequence[Hot],
+    server: str = "uvicorn",
+    workers: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[WebServer]:
     """Run a web server that has served reserves for a moment; check and audit afterwards."""
-    with bench.stack.web(server, workers) as web:
+    with bench.stack.web(server, workers, **(environment or {})) as web:
         load = run_wrk(web.port, "reserve", WARM_UP_SECONDS, 1, *(drop.drop_id for drop in hot))
         bench.check(load.unexpected("201"), "warm-up")
         time.sleep(SETTLE_SECONDS)
@@ -116,9 +120,15 @@ def warm_web(
     bench.audit()
 
 
-def reserve_run(bench: Bench, server: str = "uvicorn", workers: int = 1, drops: int = 1) -> Run:
+def reserve_run(
+    bench: Bench,
+    server: str = "uvicorn",
+    workers: int = 1,
+    drops: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> Run:
     hot = bench.stack.fresh(drops)
-    with warm_web(bench, hot, server, workers) as web:
+    with warm_web(bench, hot, server, workers, environment) as web:
         before = bench.stack.count_reservations()
         usage = Usage(bench.stack, web)
         load = run_wrk(

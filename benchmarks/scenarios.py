@@ -123,6 +123,39 @@ def pairs(bench: Bench) -> Result:
     )
 
 
+def rate_limits(bench: Bench) -> Result:
+    # All of wrk comes from one address, which stands for thousands of customers' addresses: it
+    # is counted with each request, as theirs are, but never reaches what has to be shared.
+    limited = {"RATE_LIMIT_RESERVE_PER_ADDRESS": "100000000/minute"}
+    unlimited = {"RATE_LIMIT_RESERVE": "off", "RATE_LIMIT_RESERVE_PER_ADDRESS": "off"}
+    rows = bench.take_turns(
+        "rate-limits",
+        {
+            "limits per user and address": lambda: reserve_run(bench, environment=limited),
+            "no limits": lambda: reserve_run(bench, environment=unlimited),
+        },
+    )
+    return Result(
+        name="rate-limits",
+        title="The cost of rate limits",
+        method=(
+            "The first scenario with the limits of production for each user and address, and "
+            "without any. Nobody is refused."
+        ),
+        rows=rows,
+        goals=[
+            Goal(
+                "limited ÷ unlimited",
+                ratios(rows, "limits per user and address", "no limits"),
+                "at least",
+                0.95,
+                unit="×",
+            )
+        ],
+        problems=bench.take_problems(),
+    )
+
+
 def sold_out(bench: Bench) -> Result:
     queries: list[float] = []
     health_checks: list[float] = []
@@ -354,6 +387,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "reserve": reserve,
     "reserve-daphne": reserve_daphne,
     "pairs": pairs,
+    "rate-limits": rate_limits,
     "sold-out": sold_out,
     "list": drop_list,
     "open-loop": open_loop,
