@@ -14,7 +14,8 @@ django_application = get_asgi_application()
 from django.conf import settings  # noqa: E402
 
 from config import daphne_requests, daphne_stopping  # noqa: E402
-from config.body_limit import Application, BodyLimit  # noqa: E402
+from config.asgi_types import Application  # noqa: E402
+from config.body_limit import BodyLimit  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402

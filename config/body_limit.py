@@ -1,12 +1,10 @@
 """Refuse large bodies before anything reads, stores or parses them."""
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
-
 import orjson
 from django.conf import settings
 
 from config.answers import cors_headers, security_headers
+from config.asgi_types import Application, Message, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import (
     CONTENT_TYPE,
@@ -17,12 +15,6 @@ from config.problems import (
     problem,
 )
 from operations.requests import record_of
-
-Scope = dict[str, Any]
-Message = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class BodyLimit:

@@ -21,7 +21,7 @@ from structlog.contextvars import bound_contextvars
 
 from config.addresses import socket_address
 from config.answers import cors_headers, security_headers
-from config.body_limit import Application, Receive, Scope, Send
+from config.asgi_types import Application, Receive, Scope, Send
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, problem, to_api_exception
 from config.problems import headers as problem_headers

@@ -11,7 +11,7 @@ from typing import Any
 
 from twisted.internet.tcp import Connection
 
-from config.body_limit import Send
+from config.asgi_types import Send
 
 # Sends bytes now, or what is left of them soon; returns False, and does nothing, where other
 # bytes wait to be sent before.
@@ -124,6 +124,19 @@ def _send_by_uvicorn(cycle: Any, status: int, head: bytes, body: bytes) -> bool:
     cycle.response_started = cycle.response_complete = True
     cycle.message_event.set()
     cycle.on_response()
+    return True
+
+
+def wrote_too_late(send: Send) -> bool:
+    """Say whether an error of ``send`` is only that the client of uvicorn's went away before.
+
+    uvicorn hears of that in the event loop's next turn, and until then uvloop raises.
+    """
+    cycle: Any = getattr(send, "__self__", None)
+    transport = getattr(cycle, "transport", None)
+    if transport is None or not transport.is_closing():
+        return False
+    cycle.disconnected = True
     return True
 
 

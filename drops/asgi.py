@@ -21,7 +21,7 @@ from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connection
 
-from config.body_limit import Scope
+from config.asgi_types import Scope
 from config.hot_routes import FallThrough, HotAnswer, HotRequest, Route, drop_id_of
 from drops.etags import is_match, weak_etag
 from drops.views import DropViewSet

@@ -21,6 +21,7 @@ import orjson
 from django.conf import settings
 
 from config.logs import masked
+from config.servers import wrote_too_late
 from operations import metrics
 
 # How long lines may wait for company: a write for each would cost as much as the rest.
@@ -117,9 +118,12 @@ class RequestLog:
         began = perf_counter()
         try:
             await self.application(scope, receive, send)
-        except Exception:
-            record.status = 500
-            raise
+        except Exception as exc:
+            if isinstance(exc, RuntimeError) and wrote_too_late(send):
+                record.status = 0
+            else:
+                record.status = 500
+                raise
         finally:
             self._finish(scope, record, perf_counter() - began)
 

@@ -17,7 +17,7 @@ from channels.db import database_sync_to_async
 from rest_framework.exceptions import APIException, NotFound, ValidationError
 
 from config.answers import cors_headers
-from config.body_limit import Application, Receive, Scope, Send
+from config.asgi_types import Application, Receive, Scope, Send
 from config.hot_routes import (
     FallThrough,
     HotRequest,

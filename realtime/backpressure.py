@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, cast
 
-from config.body_limit import Message, Send
+from config.asgi_types import Message, Send
 from config.servers import daphne_protocol
 
 

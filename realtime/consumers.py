@@ -18,7 +18,7 @@ from django.conf import settings
 from django.core.exceptions import ObjectDoesNotExist
 
 from config.addresses import socket_address
-from config.body_limit import Receive, Scope, Send
+from config.asgi_types import Receive, Scope, Send
 from config.hot_routes import host_is_allowed
 from config.problems import RateLimited
 from config.rate_limits import rate_limits

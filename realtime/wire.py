@@ -11,7 +11,7 @@ from typing import Any
 
 from websockets.protocol import State
 
-from config.body_limit import Message, Send
+from config.asgi_types import Message, Send
 from config.servers import daphne_protocol, quick_write
 
 # Writes a message of ``frames.text_message`` now, or returns False and does nothing.

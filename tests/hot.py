@@ -16,7 +16,7 @@ from django.db import connection
 from django.test import override_settings
 
 from config.asgi import http_application
-from config.body_limit import Application
+from config.asgi_types import Application
 from drops.group_commit import GroupCommit
 from realtime import publisher
 from realtime.hub import get_hub

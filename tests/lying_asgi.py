@@ -8,7 +8,7 @@ import uuid
 from typing import Any
 
 from config.asgi import application as honest
-from config.body_limit import Receive, Scope, Send
+from config.asgi_types import Receive, Scope, Send
 
 
 async def confirms_without_storing(scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import uuid
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -126,6 +127,30 @@ def test_a_client_that_went_away_has_its_line(written):
 
     asyncio.run(ask())
 
+    assert [(line["status"], line["code"]) for line in written()] == [(499, "client_gone")]
+
+
+def test_a_client_of_uvicorn_that_went_away_just_now_is_no_error(written):
+    # Its cycle, as far as it matters, and what uvloop says then.
+    class Cycle:
+        transport = SimpleNamespace(is_closing=lambda: True)
+        disconnected = False
+
+        async def send(self, message):
+            raise RuntimeError("unable to perform operation; the handler is closed")
+
+    async def answers(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def ask():
+        log = RequestLog(answers)
+        log.render = json_line
+        await log({"type": "http", "method": "GET", "path": "/x"}, None, cycle.send)
+
+    cycle = Cycle()
+    asyncio.run(ask())
+
+    assert cycle.disconnected
     assert [(line["status"], line["code"]) for line in written()] == [(499, "client_gone")]
 
 

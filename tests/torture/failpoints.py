@@ -14,7 +14,7 @@ from unittest.mock import patch
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
-from config.body_limit import Application, Receive, Scope, Send
+from config.asgi_types import Application, Receive, Scope, Send
 
 # The statement by which a claim, a purchase or an expiry begins to exist.
 EFFECT = re.compile(r"(INSERT INTO|UPDATE)\s+\"?(reservations_reservation|purchases_purchase)\"?")
