@@ -390,6 +390,9 @@ STATIC_ROOT = BASE_DIR / "staticfiles"
 FIXTURE_DIRS = [BASE_DIR / "fixtures"]
 SERVESTATIC_AUTOREFRESH = DEBUG
 SERVESTATIC_USE_FINDERS = DEBUG
+# Browsers ask each time whether a file is still the same. Were they to keep an old script for a
+# while, a page that names the hash of the new one would be without any.
+SERVESTATIC_MAX_AGE = 0
 
 LANGUAGE_CODE = "en-us"
 FORMAT_MODULE_PATH = ["config.formats"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from django.contrib.staticfiles import finders
 from django.core.cache import cache
+from django.test import Client
 from django.utils import timezone
 
 from config.openapi import STATUS_OF_CODE
@@ -247,3 +248,16 @@ def test_the_words_inside_the_page_are_those_of_the_module(db, client):
     assert words["states"].keys() == STATES.keys()
     assert words["problems"] == PROBLEMS
     assert "{hold}" not in json.dumps(words)
+
+
+def test_a_script_is_never_older_than_the_page_that_names_its_hash(tmp_path, settings):
+    settings.STATIC_ROOT, settings.DEBUG = tmp_path, False
+    settings.SERVESTATIC_AUTOREFRESH = settings.SERVESTATIC_USE_FINDERS = False
+    (tmp_path / "page.js").write_text("export {};")
+
+    answer = Client().get("/static/page.js")
+
+    assert answer.status_code == 200
+    assert answer["Cache-Control"] == "max-age=0, public"
+    again = Client().get("/static/page.js", headers={"If-None-Match": answer["ETag"]})
+    assert again.status_code == 304

@@ -191,7 +191,7 @@ function draw() {
 }
 
 function share(part, whole) {
-  return whole ? `${Math.round((part / whole) * 100)} %` : "0 %";
+  return whole ? `${Math.round((part / whole) * 100)}\u00a0%` : "0\u00a0%";
 }
 
 /** What moves with the time alone. */
