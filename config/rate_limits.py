@@ -27,9 +27,11 @@ from operations import metrics
 
 SHARE_ALONE = 0.1
 # Beyond this many keys the counts of a window are forgotten early.
-MAX_KEYS = 200_000
+MAX_KEYS = 100_000
 
 Headers = tuple[tuple[bytes, bytes], ...]
+# An address, or a user's id as a number: with a crowd, texts would take megabytes more.
+Key = str | int
 
 
 @lru_cache(1)
@@ -61,14 +63,14 @@ class Limit:
         self._policy = f'"{kind}";q={self.amount};w={self.seconds}'.encode()
         self._kind = kind.encode()
         # Requests in this window of the clock, and in the one before it.
-        self._counts: dict[str, int] = {}
-        self._counts_before: dict[str, int] = {}
+        self._counts: dict[Key, int] = {}
+        self._counts_before: dict[Key, int] = {}
         self._turn_at = 0.0
         self._turning = threading.Lock()
         # Who was refused, and until when (``time.time``).
-        self._refused: dict[str, float] = {}
+        self._refused: dict[Key, float] = {}
 
-    def count(self, key: str, now: float) -> int:
+    def count(self, key: Key, now: float) -> int:
         """Count a request; return how many this process counts in about one window.
 
         Raises:
@@ -91,7 +93,7 @@ class Limit:
                 self._turn_at = now + self.seconds
                 self._refused = {key: end for key, end in self._refused.items() if end > now}
 
-    def ask(self, key: str, count: int) -> None:
+    def ask(self, key: Key, count: int) -> None:
         """Count the request where all processes do; may wait for Redis.
 
         Raises:
@@ -107,11 +109,12 @@ class Limit:
             self._refused[key] = until
             raise self.refusal(until - time.time())
 
-    def _room(self, windows: MovingWindowRateLimiter, key: str, cost: int) -> float | None:
+    def _room(self, windows: MovingWindowRateLimiter, key: Key, cost: int) -> float | None:
         """Take the room for ``cost`` requests, or return when there will be some."""
-        if windows.hit(self.item, self.action, self.kind, key, cost=cost):
+        names = self.action, self.kind, str(key)
+        if windows.hit(self.item, *names, cost=cost):
             return None
-        return windows.get_window_stats(self.item, self.action, self.kind, key).reset_time
+        return windows.get_window_stats(self.item, *names).reset_time
 
     def refusal(self, seconds: float) -> RateLimited:
         self._refusals.add()
@@ -166,23 +169,22 @@ class RateLimits:
 
     def _count(
         self, action: str, user_id: uuid.UUID | None, address: Callable[[], str]
-    ) -> tuple[list[tuple[Limit, str, int]], Headers]:
+    ) -> tuple[list[tuple[Limit, Key, int]], Headers]:
         now = time.time()
         by_user, by_address = self._limits[action]
-        questions = []
+        questions: list[tuple[Limit, Key, int]] = []
         last = None
         if by_address is not None:
-            key = address()
-            count = by_address.count(key, now)
+            client = address()
+            count = by_address.count(client, now)
             last = by_address, count
             if count > by_address.alone:
-                questions.append((by_address, key, count))
+                questions.append((by_address, client, count))
         if by_user is not None and user_id is not None:
-            key = user_id.hex
-            count = by_user.count(key, now)
+            count = by_user.count(user_id.int, now)
             last = by_user, count
             if count > by_user.alone:
-                questions.append((by_user, key, count))
+                questions.append((by_user, user_id.int, count))
         # One limit is named: the user's own, where there is one.
         return questions, last[0].headers(last[1], last[0].seconds) if last else ()
 

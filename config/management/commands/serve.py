@@ -4,10 +4,9 @@ from typing import Any
 
 import uvicorn.main
 from daphne.cli import CommandLineInterface
-from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import BaseCommand, CommandParser
 
-from config.serving import server_command
+from config.serving import add_server_options, check_server_options, server_command
 
 
 class Command(BaseCommand):
@@ -17,20 +16,10 @@ class Command(BaseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-        parser.add_argument("--port", type=int, default=settings.PORT, help="default: %(default)s")
-        parser.add_argument("--server", choices=["daphne", "uvicorn"], default="uvicorn")
-        parser.add_argument(
-            "--workers",
-            type=int,
-            default=1,
-            metavar="N",
-            help="processes; uvicorn only. SIGHUP replaces them one after the other",
-        )
+        add_server_options(parser, server="uvicorn")
 
     def handle(self, *, host: str, port: int, server: str, workers: int, **options: Any) -> None:
-        if workers > 1 and server == "daphne":
-            raise CommandError("daphne runs one process; for several use --server uvicorn.")
+        check_server_options(server, workers)
         # uvicorn raises the signal again once it is done, which would look like a violent end.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         arguments = server_command(server, host, port, workers)[2:]

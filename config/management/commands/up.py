@@ -16,7 +16,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connection
 
 from config.seeding import DEMO_DROP_ID, DEMO_USER_ID
-from config.serving import server_command
+from config.serving import add_server_options, check_server_options, server_command
 from config.stopping import StopRequest, end_with_parent
 from drops.models import Drop
 
@@ -32,18 +32,12 @@ class Command(BaseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-        parser.add_argument("--port", type=int, default=settings.PORT, help="default: %(default)s")
-        parser.add_argument("--server", choices=["daphne", "uvicorn"], default="daphne")
-        parser.add_argument(
-            "--workers", type=int, default=1, metavar="N", help="processes; uvicorn only"
-        )
+        add_server_options(parser, server="daphne")
 
     def handle(
         self, *, host: str, port: int, server: str, workers: int, verbosity: int, **options: Any
     ) -> None:
-        if workers > 1 and server == "daphne":
-            raise CommandError("daphne runs one process; for several use --server uvicorn.")
+        check_server_options(server, workers)
         if not port_is_free(host, port):
             raise CommandError(f"Port {port} is taken. Choose another one with --port or PORT.")
         with contextlib.ExitStack() as stack:
