@@ -15,13 +15,14 @@ from rich.table import Table
 
 from benchmarks.load import GeneratorError, require_wrk
 from benchmarks.profiling import find_py_spy, profile_reserve
-from benchmarks.report import figure, to_json, to_markdown, verdict
+from benchmarks.report import figure, from_json, to_json, to_markdown, verdict
 from benchmarks.results import Result
 from benchmarks.runs import Bench
 from benchmarks.scenarios import SCENARIOS, users_needed
 from benchmarks.stack import BASE_DIR, Stack, StackError
 
 REPORT = BASE_DIR / "docs" / "benchmarks.md"
+FIGURES = BASE_DIR / "docs" / "benchmarks.json"
 OPEN_FILES = 16_384  # the herd alone has 5,000 connections, at both ends
 
 
@@ -31,13 +32,6 @@ def main() -> int:
     raise_open_files()
     # SIGTERM takes the same way out as Ctrl-C, so that all servers stop.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    started = time.monotonic()
-    conditions = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "repeats": f"{options.repeats}, {options.seconds:g} s each",
-        # Others' work on the machine shows here; on a quiet one it is near 0.
-        "load average at the start": f"{os.getloadavg()[0]:.2f}",
-    }
     try:
         require_wrk()
         if options.profile:
@@ -47,16 +41,18 @@ def main() -> int:
         console.print(f"[red]{type(exc).__name__}[/]: ", end="")
         console.print(str(exc), markup=False)
         return 2
-    conditions["duration"] = f"{(time.monotonic() - started) / 60:.0f} min"
-    report = to_markdown(results, machine, conditions)
     if options.json:
-        options.json.write_text(to_json(results, machine, conditions))
-    if options.quick or options.only:
-        # Too little for the file in the repository.
-        console.print(report, markup=False)
-    else:
-        REPORT.write_text(report)
+        options.json.write_text(to_json(results, machine))
+    if options.write:
+        # A few scenarios measured again take the place of what stands there of them.
+        written = from_json(FIGURES.read_text()) if options.only else []
+        by_name = {result.name: result for result in [*written, *results]}
+        everything = [by_name[name] for name in SCENARIOS if name in by_name]
+        FIGURES.write_text(to_json(everything, machine))
+        REPORT.write_text(to_markdown(everything, machine))
         console.print(f"Written: {REPORT.relative_to(BASE_DIR)}")
+    else:
+        console.print(to_markdown(results, machine), markup=False)
     show_goals(results, console)
     problems = [problem for result in results for problem in result.problems]
     for problem in problems:
@@ -68,7 +64,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Bring up servers of its own, run every scenario and write "
-        "docs/benchmarks.md; with --quick or --only, print the report instead. "
+        "docs/benchmarks.md and .json; with --quick or --only, print the report instead. "
         "Needs Linux and wrk (apt-get install wrk).",
     )
     parser.add_argument("--quick", action="store_true", help="one short repeat, in 3 minutes")
@@ -77,6 +73,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     )
     parser.add_argument("--repeats", type=int, help="default: 5, with --quick 1")
     parser.add_argument("--seconds", type=float, help="of each run; default: 5, with --quick 2")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="with --only: replace these scenarios in docs/benchmarks.md and .json",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument(
         "--profile",
@@ -84,6 +85,9 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         help="also write docs/profile-reserve.txt, with py-spy (not a dependency)",
     )
     options = parser.parse_args(arguments)
+    if options.write and (options.quick or not options.only):
+        parser.error("--write goes with --only; without that all is written anyway.")
+    options.write = options.write or not (options.quick or options.only)
     options.repeats = options.repeats or (1 if options.quick else 5)
     options.seconds = options.seconds or (2 if options.quick else 5)
     return options
@@ -104,6 +108,11 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Result], di
         for name in SCENARIOS:
             if name in names:
                 console.rule(name) if console.is_terminal else say(f"Scenario {name}")
+                conditions = (
+                    f"{datetime.now(UTC):%Y-%m-%d}, {options.repeats} × {options.seconds:g} s, "
+                    # Others' work on the machine shows here, as does that of the run before.
+                    f"load average at the start {os.getloadavg()[0]:.2f}"
+                )
                 try:
                     results.append(SCENARIOS[name](bench))
                 except (GeneratorError, StackError) as exc:
@@ -111,6 +120,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[list[Result], di
                     say(f"{name} failed: {exc}")
                     problems = [*bench.take_problems(), f"{name} failed: {type(exc).__name__}"]
                     results.append(Result(name, name, "It failed.", problems=problems))
+                results[-1].conditions = conditions
         if options.profile:
             say("Profiling a reserve run")
             profile_reserve(stack, max(10, options.seconds))

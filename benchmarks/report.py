@@ -41,9 +41,7 @@ repeat by repeat; what counts is the median, and the smallest and largest stand 
 """
 
 
-def to_markdown(
-    results: Sequence[Result], machine: dict[str, str], conditions: dict[str, str]
-) -> str:
+def to_markdown(results: Sequence[Result], machine: dict[str, str]) -> str:
     """Return the whole report."""
     parts = [
         "# Benchmarks",
@@ -51,8 +49,8 @@ def to_markdown(
         "## Goals",
         _goals([(result.title, goal) for result in results for goal in result.goals]),
         _problems([problem for result in results for problem in result.problems]),
-        "## Machine and conditions",
-        markdown_table(["", ""], [[name, value] for name, value in (machine | conditions).items()]),
+        "## Machine",
+        markdown_table(["", ""], [[name, value] for name, value in machine.items()]),
         "## Method",
         METHOD.strip(),
         *(_scenario(result) for result in results),
@@ -62,13 +60,13 @@ def to_markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def to_json(results: Sequence[Result], machine: dict[str, str], conditions: dict[str, str]) -> str:
-    data = {
-        "machine": machine,
-        "conditions": conditions,
-        "results": [asdict(result) for result in results],
-    }
-    return json.dumps(data, indent=2)
+def to_json(results: Sequence[Result], machine: dict[str, str]) -> str:
+    data = {"machine": machine, "results": [asdict(result) for result in results]}
+    return json.dumps(data, indent=1) + "\n"
+
+
+def from_json(text: str) -> list[Result]:
+    return [Result.from_json(result) for result in json.loads(text)["results"]]
 
 
 def verdict(goal: Goal) -> str:
@@ -127,6 +125,7 @@ def _scenario(result: Result) -> str:
             for goal in result.goals
         ),
         *(textwrap.fill(note, 100) for note in result.notes),
+        *([f"Measured: {result.conditions}."] if result.conditions else []),
     ]
     return "\n\n".join(parts)
 

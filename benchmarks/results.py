@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class Result:
     notes: list[str] = field(default_factory=list)
     # What must not be: an audit's differences, unexpected answers.
     problems: list[str] = field(default_factory=list)
+    # When it was measured, and how.
+    conditions: str = ""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Result":
+        """Return what ``dataclasses.asdict`` made ``data`` of."""
+        rows = {name: [Run(**run) for run in runs] for name, runs in data["rows"].items()}
+        goals = [Goal(**goal) for goal in data["goals"]]
+        return cls(**data | {"rows": rows, "goals": goals})
 
 
 def ratios(rows: dict[str, list[Run]], above: str, below: str, factor: float = 1) -> list[float]:
