@@ -206,7 +206,7 @@ def beside_run(bench: Bench, sockets: int) -> Run:
 
 
 def deliveries(bench: Bench) -> Result:
-    sockets, drops, frames = 1000, 10, 200
+    sockets, drops, frames = 1000, 4, 200
     rows = bench.take_turns(
         "deliveries",
         {
