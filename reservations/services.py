@@ -13,6 +13,8 @@ from django.conf import settings
 from django.db import OperationalError, connection, transaction
 from django.db.models import (
     Count,
+    FloatField,
+    Func,
     Max,
     Min,
     OuterRef,
@@ -529,15 +531,18 @@ def expire_overdue(
         .select_for_update(skip_locked=True, no_key=True)
         # By the deadline alone, as the index has them: thousands may share one.
         .order_by("expires_at")
-        .values_list("pk", "variant_id", "quantity", "created_at", "expires_at")
+        .values_list(
+            "pk", "variant_id", "quantity", seconds_of("created_at"), seconds_of("expires_at")
+        )
     )
     own = list(holds.filter(user__in=own_first)) if own_first else []
     others = holds.exclude(pk__in=[pk for pk, *_ in own])[: max(0, limit - len(own))]
     overdue = own + list(others)
     ids = [pk for pk, *_ in overdue]
     if ids:
-        ages = [(now - created_at).total_seconds() for *_, created_at, _ in overdue]
-        delays = [(now - expires_at).total_seconds() for *_, expires_at in overdue]
+        at = now.timestamp()
+        ages = [at - created_at for *_, created_at, _ in overdue]
+        delays = [at - expires_at for *_, expires_at in overdue]
         transaction.on_commit(partial(measure_expired, ages, delays))
         with connection.cursor() as cursor:
             # As one array: the ORM sends, and PostgreSQL plans, a parameter per id.
@@ -555,6 +560,12 @@ def expire_overdue(
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
     return ids
+
+
+def seconds_of(column: str) -> Func:
+    """Return a time as seconds since 1970: to read two times a hold took a sixth of a sweep."""
+    template = "EXTRACT(EPOCH FROM %(expressions)s)::float8"
+    return Func(column, template=template, output_field=FloatField())
 
 
 def measure_expired(ages: Sequence[float], delays: Sequence[float]) -> None:
