@@ -78,15 +78,13 @@ def is_as_it_was_before_the_holds(drop: Drop) -> bool:
 
 
 @pytest.mark.servers
-def test_ten_thousand_holds_are_back_with_their_events_within_five_seconds(start_expiry):
+def test_ten_thousand_holds_are_back_with_their_events(start_expiry):
+    # How long that takes is a benchmark (expiry); here other tests have the machine too.
     drop = create_overdue_holds(10_000)
     loop = start_expiry(**SLEEPY)
-    loop.wait_for_line("expiring reservations")
-    started = time.monotonic()
 
     wait_until(lambda: expired() == 10_000, loop)
 
-    assert time.monotonic() - started < 5
     assert is_as_it_was_before_the_holds(drop)
     told = told_reservation_ids()
     assert len(told) == 10_000
