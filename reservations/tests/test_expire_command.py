@@ -58,7 +58,7 @@ def expired() -> int:
     return Reservation.objects.filter(status=ReservationStatus.EXPIRED).count()
 
 
-def wait_until(is_true: Callable[[], bool], process: Process, timeout: float = 20) -> None:
+def wait_until(is_true: Callable[[], bool], process: Process, timeout: float = 60) -> None:
     """Ask the database again and again: nothing tells this process of the other's commits."""
     give_up_at = time.monotonic() + timeout
     while not is_true():
