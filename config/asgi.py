@@ -71,7 +71,7 @@ application = observed(
 # What exists by now lives as long as the process: leave it out of all further collections,
 # and collect the short-lived rest less often. Source: https://docs.python.org/3/library/gc.html
 gc.freeze()
-gc.set_threshold(20_000, 20, 50)
+gc.set_threshold(10_000, 10, 1)
 
 # How long a thread that comes back from the database may have to wait for the interpreter.
 # A batch comes back a dozen times; at Python's 5 ms each, a busy event loop made it take

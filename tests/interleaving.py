@@ -12,6 +12,7 @@ the same answers and the same stock. And all invariants hold, and nobody deadloc
 import itertools
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,8 @@ from users.models import User
 ACTORS = 3
 POLL_SECONDS = 0.001
 PATIENCE_SECONDS = 20
+# Less than PostgreSQL's deadlock_timeout.
+STRANGER_SECONDS = 0.7
 TTL_SECONDS = 60
 STOCK = 2
 # Of another drop, which a batch takes along: all that matters there is who locks it when.
@@ -211,6 +214,7 @@ class Stage:
 
         Only those who ``moved`` are given a moment; the others wait for a lock as a rule.
         """
+        looked_since = time.monotonic()
         for _ in range(int(PATIENCE_SECONDS / POLL_SECONDS)):
             self._pause_for(moved)
             running = self._running(acting)
@@ -220,7 +224,11 @@ class Stage:
             pids = {pid for (pid,) in blocked}
             # Between the two looks somebody may have got the lock.
             if all(actor.pid in pids and actor.state == "running" for actor in running):
-                break
+                # Where nobody could go on, a stranger may have the lock, autovacuum for
+                # instance, and give it back; those in a circle are still there then.
+                is_anybody_parked = any(actor.state == "parked" for actor in acting)
+                if is_anybody_parked or time.monotonic() - looked_since > STRANGER_SECONDS:
+                    break
             moved = running
         else:
             raise Stuck("somebody neither goes on nor waits for a lock")
