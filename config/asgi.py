@@ -69,7 +69,9 @@ application = observed(
 )
 
 # What exists by now lives as long as the process: leave it out of all further collections,
-# and collect the short-lived rest less often. Source: https://docs.python.org/3/library/gc.html
+# and collect the short-lived rest less often. The oldest are collected with every second round
+# of the middle ones: sockets that lived for minutes are in cycles of the servers' objects, and
+# were never freed while that came rarely. Source: https://docs.python.org/3/library/gc.html
 gc.freeze()
 gc.set_threshold(10_000, 10, 1)
 
