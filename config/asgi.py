@@ -1,6 +1,5 @@
 """The ASGI application: the same for daphne and uvicorn."""
 
-import gc
 import os
 import sys
 
@@ -16,6 +15,7 @@ from django.conf import settings  # noqa: E402
 from config import daphne_requests, daphne_stopping  # noqa: E402
 from config.asgi_types import Application  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
+from config.garbage import collect_seldom  # noqa: E402
 from config.hot_routes import HotRoutes  # noqa: E402
 from control.routing import control_urlpatterns  # noqa: E402
 from drops.asgi import DropReads  # noqa: E402
@@ -68,12 +68,7 @@ application = observed(
     )
 )
 
-# What exists by now lives as long as the process: leave it out of all further collections,
-# and collect the short-lived rest less often. The oldest are collected with every second round
-# of the middle ones: sockets that lived for minutes are in cycles of the servers' objects, and
-# were never freed while that came rarely. Source: https://docs.python.org/3/library/gc.html
-gc.freeze()
-gc.set_threshold(10_000, 10, 1)
+collect_seldom()
 
 # How long a thread that comes back from the database may have to wait for the interpreter.
 # A batch comes back a dozen times; at Python's 5 ms each, a busy event loop made it take

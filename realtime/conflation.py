@@ -32,6 +32,12 @@ class Waiting:
         else:
             self.singles.append(frame)
 
+    def only_state(self, kind: str) -> EventFrame | None:
+        """Return the frame of this kind if nothing else waits."""
+        if self.singles or len(self.states) != 1:
+            return None
+        return self.states.get(kind)
+
     def take(self, max_singles: int | None = None) -> list[EventFrame]:
         """Return all frames in the order of their events, and keep none of them."""
         singles = list(self.singles)

@@ -232,10 +232,13 @@ class DropConsumer(Consumer):
         if self.outbox is None:
             return
         for drop_id, seq in seqs.items():
-            self.ahead.pop(drop_id, None)
-            has_newer = self.outbox.continue_from(drop_id, seq)
-            # The hub may be sending the very frame to which the state belongs.
-            if not has_newer and (drop_id in self.watched or seq > self.hub.sent(drop_id)):
+            early = self.ahead.pop(drop_id, 0)
+            if self.outbox.continue_from(drop_id, seq):
+                if early > seq:
+                    # What waits is what the hub will offer again.
+                    self.ahead[drop_id] = early
+            elif drop_id in self.watched or seq > self.hub.sent(drop_id):
+                # The hub may be sending the very frame to which the state belongs.
                 self.ahead[drop_id] = seq
 
     async def _replay(self, drop_id: str, since: int) -> bool:
@@ -268,7 +271,9 @@ class DropConsumer(Consumer):
 
     # --- What the hub offers ------------------------------------------------------------
 
-    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+    def offer(
+        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
+    ) -> None:
         if self.is_over or not (self.is_watching_all or frame.drop_id in self.watched):
             return
         if self.ahead and frame.drop_id in self.ahead:
@@ -276,6 +281,8 @@ class DropConsumer(Consumer):
                 return
             prev = self.ahead.pop(frame.drop_id)
             message = frame.message_after(prev)
+        if is_early:
+            self.ahead[frame.drop_id] = frame.seq
         if self.outbox is None:
             self._start(message)
         else:

@@ -61,8 +61,13 @@ SNAPSHOT_SECONDS = 1.0
 class Socket(Protocol):
     """What the hub needs of a connection; none of it may block or fail."""
 
-    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
-        """Send ``message``, which is ``frame`` after ``prev``."""
+    def offer(
+        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
+    ) -> None:
+        """Send ``message``, which is ``frame`` after ``prev``.
+
+        An early frame, or one that replaces it, is offered again, to be left out where it is known.
+        """
 
     def offer_heartbeat(self, key: str, message: Message) -> None: ...
     def reconnect(self) -> None: ...
@@ -90,6 +95,15 @@ class Feed:
         self.next_turn = 0.0
         self.touched = 0.0
         self.is_due = False
+
+    def newer_state(self, frame: EventFrame) -> EventFrame | None:
+        """Return what would replace ``frame`` if it were still to be sent, or None.
+
+        Only what has nothing but older ones of its kind before it: the others wait for their turn.
+        """
+        if frame.seq != self.sent or self.waiting is None:
+            return None
+        return self.waiting.only_state(frame.type)
 
     def remember(self, frame: EventFrame) -> None:
         if self.recent is None:
@@ -449,15 +463,17 @@ class Hub:
             if self._frames.left() < 1:
                 await asyncio.sleep(1 / FRAMES_PER_SECOND)
             self._frames.spend()
-            message = frame.message_after(prev)
+            newest = frame
             metrics.event_lag_seconds.observe(max(0.0, time.time() - frame.at.timestamp()))
             metrics.frames_sent.add(len(audience))
             for first in range(0, len(audience), SOCKETS_PER_SLICE):
+                message = newest.message_after(prev)
                 for socket in audience[first : first + SOCKETS_PER_SLICE]:
-                    socket.offer(frame, prev, message)
+                    socket.offer(newest, prev, message, is_early=newest is not frame)
                 if len(audience) > SOCKETS_PER_SLICE:
                     # Requests have their turn as well.
                     await asyncio.sleep(0)
+                    newest = feed.newer_state(frame) or newest
 
     def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
         """Take what waits, each frame with its ``prev``; from then on it counts as sent."""

@@ -51,7 +51,7 @@ from users.models import User
 # What a user has of a drop: held units and bought ones.
 COUNTS_AGAINST_LIMIT = (ReservationStatus.ACTIVE, ReservationStatus.CONSUMED)
 # Bounds how long one transaction keeps a drop locked.
-MAX_EXPIRED_PER_TRANSACTION = 250
+MAX_EXPIRED_PER_TRANSACTION = 400
 
 Settled = TypeVar("Settled")
 

@@ -328,7 +328,7 @@ def test_counts_what_is_left_out_for_the_newest():
         return EventFrame(DROP_ID, seq, EventType.STOCK_UPDATED, datetime.now(UTC), {})
 
     class Listener:
-        def offer(self, frame, prev, message): ...
+        def offer(self, frame, prev, message, *, is_early=False): ...
 
     async def turn():
         hub = Hub()

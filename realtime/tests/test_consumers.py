@@ -161,6 +161,74 @@ def test_a_client_that_is_cut_off_again_and_again_misses_nothing(monkeypatch):
     in_loop(scenario)
 
 
+# --- A crowd that is served in slices ---------------------------------------------------
+
+
+def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch):
+    monkeypatch.setattr(hub_module, "SOCKETS_PER_SLICE", 1)
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        sockets = [await following(f"/ws/drops/{drop.pk}") for _ in range(4)]
+        hub = hub_module.get_hub()
+        await hub._take(message(drop, 1))
+        # The turn has the loop's next step, and so between two sockets has the next event.
+        for seq in (2, 3):
+            await asyncio.sleep(0)
+            await hub._take(message(drop, seq))
+        streams = [await socket.up_to(3) for socket in sockets]
+        seqs = [[frame["seq"] for frame in stream] for stream in streams]
+        assert sorted(seqs, key=len)[0] == [3], "nobody was served with what had come meanwhile"
+        assert [1, 3] in seqs
+        await hub._take(message(drop, 4))
+        # Each joins on to what that client had before, and nobody gets the third again.
+        assert [(await socket.next())["prev"] for socket in sockets] == [3] * 4
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slices_leave_no_gap_and_repeat_nothing_whoever_comes_and_goes(monkeypatch, seed):
+    monkeypatch.setattr(hub_module, "SOCKETS_PER_SLICE", 2)
+    monkeypatch.setattr(hub_module, "TURN_SECONDS", 0.001)
+    last, drop, choose = 400, drop_with_events(0), random.Random(seed)
+    purchases = {seq for seq in range(1, last) if choose.random() < 0.02}
+
+    async def scenario() -> None:
+        async def change() -> None:
+            for seq in range(1, last + 1):
+                kind = "PURCHASE_COMPLETED" if seq in purchases else STOCK
+                await hub_module.get_hub()._take(message(drop, seq, kind=kind))
+                for _ in range(choose.choice([0, 1, 1, 2, 20])):
+                    await asyncio.sleep(0)
+
+        async def stay(socket: Socket) -> None:
+            frames = await socket.up_to(last)
+            assert [frame["prev"] for frame in frames] == [0] + [f["seq"] for f in frames[:-1]]
+            assert purchases <= {frame["seq"] for frame in frames}
+
+        async def come_and_go() -> None:
+            seen = 0
+            while seen < last:
+                socket = Socket(f"/ws/drops/{drop.pk}?since={seen}")
+                for _ in range(choose.randint(1, 4)):
+                    if choose.random() < 0.3:
+                        socket.reads.clear()
+                        await asyncio.sleep(0.002)
+                        socket.reads.set()
+                    frame = await socket.next()
+                    assert frame["prev"] == seen
+                    seen = frame["seq"]
+                    if seen == last:
+                        break
+                await socket.leave()
+
+        stayers = [await following(f"/ws/drops/{drop.pk}") for _ in range(7)]
+        await asyncio.gather(change(), *map(stay, stayers), *(come_and_go() for _ in range(5)))
+
+    in_loop(scenario)
+
+
 # --- Limits -----------------------------------------------------------------------------
 
 

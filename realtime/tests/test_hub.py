@@ -35,7 +35,9 @@ class Socket:
         self.frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.is_told_to_reconnect = False
 
-    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+    def offer(
+        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
+    ) -> None:
         decoded = json.loads(message["text"])
         assert (decoded["dropId"], decoded["seq"]) == (frame.drop_id, frame.seq)
         assert decoded["prev"] == prev

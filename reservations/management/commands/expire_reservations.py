@@ -6,6 +6,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import close_old_connections
 
+from config.garbage import collect_seldom
 from config.problems import may_pass
 from config.stopping import StopRequest
 from drops.services import announce_windows
@@ -66,6 +67,7 @@ class Command(BaseCommand):
             return
         if settings.EXPIRY_METRICS_PORT:
             serve_metrics(settings.EXPIRY_METRICS_PORT)
+        collect_seldom()
         logger.info("expiring reservations; stop with Ctrl-C")
         with StopRequest() as stop:
             while not stop.is_set:
