@@ -1,7 +1,9 @@
 """Sockets inside the test's own process, called as a server calls them."""
 
 import asyncio
+import io
 import json
+import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -92,4 +94,24 @@ class Socket:
 
 def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:
     """Run ``scenario`` in an event loop of its own, and with it a hub of its own."""
-    asyncio.run(scenario())  # type: ignore[arg-type]
+
+    async def run() -> None:
+        try:
+            await scenario()
+        finally:
+            await end_the_others()
+
+    asyncio.run(run())
+
+
+async def end_the_others() -> None:
+    """Cancel all other tasks, and show those that go on: else the loop waits for them forever."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        _, going_on = await asyncio.wait(others, timeout=10)
+        for task in going_on:
+            stack = io.StringIO()
+            task.print_stack(file=stack)
+            warnings.warn(f"a task was cancelled and went on:\n{stack.getvalue()}", stacklevel=1)
