@@ -16,8 +16,9 @@ METHOD = """
 One command, `python -m benchmarks`, starts a PostgreSQL and a Valkey of its own, creates the
 users, runs each scenario and throws everything away. The application runs as in production
 (`DEBUG=false`, durable commits, `HOT_ROUTES` on), with the command lines of `manage.py up`, except
-that holds last an hour, so that none ends in the middle of a run. **The load generator runs on the
-same cores as the servers.**
+that holds last an hour, so that none ends in the middle of a run. PostgreSQL reuses the WAL files
+that the users' insertion left (`min_wal_size`), like one that has run for a while. **The load
+generator runs on the same cores as the servers.**
 
 Machines differ, so the figures to look at are the **ratios**. The runs of a ratio take turns, in
 alternating order; each has empty tables, a fresh server and a second of warm-up. A ratio is taken
