@@ -439,25 +439,28 @@ class Hub:
                 loop.call_at(feed.next_turn, self._due.put_nowait, drop_id)
 
     async def _send_forever(self) -> None:
-        """Give each drop with news its turn; rest in between for half as long as sending took."""
+        """Give each drop with news its turn; rest in between if requests want the loop as well."""
         loop = asyncio.get_running_loop()
         while True:
             drop_id = await self._due.get()
             began = loop.time()
             try:
                 async with self._sending:
-                    await self._take_turn(drop_id)
+                    given_away = await self._take_turn(drop_id)
             except Exception:
                 logger.exception("sending failed; the drop's clients will find out by themselves")
+                given_away = LONGEST_BREAK_SECONDS
             spent = loop.time() - began
             if spent > TURN_SECONDS / 10:
-                # Requests had the loop between the slices too.
-                await asyncio.sleep(min(spent / 2, LONGEST_BREAK_SECONDS))
+                # They had the loop between the slices too, and may have as much again.
+                await asyncio.sleep(min(given_away, spent / 2, LONGEST_BREAK_SECONDS))
 
-    async def _take_turn(self, drop_id: str) -> None:
+    async def _take_turn(self, drop_id: str) -> float:
+        """Send what waits; return for how many seconds others had the loop meanwhile."""
+        loop, given_away = asyncio.get_running_loop(), 0.0
         feed = self._feed(drop_id)
         feed.is_due = False
-        feed.next_turn = asyncio.get_running_loop().time() + TURN_SECONDS
+        feed.next_turn = loop.time() + TURN_SECONDS
         audience = list(self._audience(drop_id))
         for prev, frame in self._frames_of_turn(feed, len(audience)):
             if self._frames.left() < 1:
@@ -472,8 +475,11 @@ class Hub:
                     socket.offer(newest, prev, message, is_early=newest is not frame)
                 if len(audience) > SOCKETS_PER_SLICE:
                     # Requests have their turn as well.
+                    given_away -= loop.time()
                     await asyncio.sleep(0)
+                    given_away += loop.time()
                     newest = feed.newer_state(frame) or newest
+        return given_away
 
     def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
         """Take what waits, each frame with its ``prev``; from then on it counts as sent."""
