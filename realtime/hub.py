@@ -49,7 +49,7 @@ SINGLES_BURST = 100
 SENDS_OF_SINGLES_PER_TURN = 20_000
 FRAMES_PER_SECOND = 1000
 FRAMES_BURST = 250
-SOCKETS_PER_SLICE = 250
+SOCKETS_PER_SLICE = 50
 LONGEST_BREAK_SECONDS = 0.1
 
 # Events that a client who lost its connection for a moment gets without a query.
