@@ -473,12 +473,11 @@ class Hub:
                 message = newest.message_after(prev)
                 for socket in audience[first : first + SOCKETS_PER_SLICE]:
                     socket.offer(newest, prev, message, is_early=newest is not frame)
-                if len(audience) > SOCKETS_PER_SLICE:
-                    # Requests have their turn as well.
-                    given_away -= loop.time()
-                    await asyncio.sleep(0)
-                    given_away += loop.time()
-                    newest = feed.newer_state(frame) or newest
+                # Requests have their turn as well.
+                given_away -= loop.time()
+                await asyncio.sleep(0)
+                given_away += loop.time()
+                newest = feed.newer_state(frame) or newest
         return given_away
 
     def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
