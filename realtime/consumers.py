@@ -29,7 +29,7 @@ from realtime.hub import OUTAGES, Hub, get_hub
 from realtime.limits import Allowance, open_connections
 from realtime.log import is_seq, read_seq
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
-from realtime.wire import Writer, frame_writer
+from realtime.wire import Connection, connection_of, write_now
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.identity import identify_socket, refuse_unknown
 
@@ -76,7 +76,8 @@ class DropConsumer(Consumer):
     """A socket that watches all drops, or one: ``/ws/drops`` and ``/ws/drops/{id}``."""
 
     base_send: Send
-    write: Writer
+    # Where the server's own ``send`` need not be asked.
+    connection: Connection | None = None
     hub: Hub
     address: str | None = None
     user_id: uuid.UUID | None = None
@@ -111,7 +112,7 @@ class DropConsumer(Consumer):
             self.base_send,
             backpressure.waiting_send(self.base_send),
         )
-        self.write = frame_writer(self.servers_send)
+        self.connection = connection_of(self.servers_send)
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
@@ -202,13 +203,13 @@ class DropConsumer(Consumer):
 
     async def _begin(self, drop_id: str | None, since: int | None) -> None:
         """Watch from now on, then send what the watched events continue."""
-        self.outbox = self.outbox or Outbox()
+        outbox = self._wait_in(self.outbox or Outbox())
         if drop_id is None:
-            self.outbox.is_all_held = True
+            outbox.is_all_held = True
             self.is_watching_all = True
             self.hub.watch_all(self)
         else:
-            self.outbox.held.add(drop_id)
+            outbox.held.add(drop_id)
             self.watched.add(drop_id)
             self.hub.watch(self, drop_id)
         try:
@@ -232,12 +233,10 @@ class DropConsumer(Consumer):
         if self.outbox is None:
             return
         for drop_id, seq in seqs.items():
-            early = self.ahead.pop(drop_id, 0)
+            self.ahead.pop(drop_id, None)
             if self.outbox.continue_from(drop_id, seq):
-                if early > seq:
-                    # What waits is what the hub will offer again.
-                    self.ahead[drop_id] = early
-            elif drop_id in self.watched or seq > self.hub.sent(drop_id):
+                continue
+            if drop_id in self.watched or seq > self.hub.sent(drop_id):
                 # The hub may be sending the very frame to which the state belongs.
                 self.ahead[drop_id] = seq
 
@@ -271,9 +270,7 @@ class DropConsumer(Consumer):
 
     # --- What the hub offers ------------------------------------------------------------
 
-    def offer(
-        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
-    ) -> None:
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
         if self.is_over or not (self.is_watching_all or frame.drop_id in self.watched):
             return
         if self.ahead and frame.drop_id in self.ahead:
@@ -281,10 +278,9 @@ class DropConsumer(Consumer):
                 return
             prev = self.ahead.pop(frame.drop_id)
             message = frame.message_after(prev)
-        if is_early:
-            self.ahead[frame.drop_id] = frame.seq
         if self.outbox is None:
             self._start(message)
+            self._become_direct()
         else:
             self.outbox.add(frame, prev)
             self._flush()
@@ -316,7 +312,7 @@ class DropConsumer(Consumer):
         """Hand ``message`` to the server at once; if it must wait, all that follows waits too."""
         if self.is_over:
             return
-        if self.write(message):
+        if self.connection is not None and write_now(self.connection, message["wire"]):
             return
         step = self.base_send(message)
         try:
@@ -325,7 +321,7 @@ class DropConsumer(Consumer):
             # The client is gone, of which the server tells us separately.
             return self._forget()
         if waits_for is not None:
-            self.outbox = self.outbox or Outbox()
+            self._wait_in(self.outbox or Outbox())
             self.blocked = asyncio.ensure_future(self._finish(step, waits_for))
 
     async def _finish(self, step: Awaitable[None], waits_for: Any) -> None:
@@ -349,6 +345,17 @@ class DropConsumer(Consumer):
                 return
             else:
                 self.outbox = None
+                self._become_direct()
+
+    def _become_direct(self) -> None:
+        """Have the hub write to the connection itself, if nothing needs to be asked here."""
+        if self.connection and self.outbox is None and not (self.ahead or self.is_over):
+            self.hub.write_to(self, self.connection)
+
+    def _wait_in(self, outbox: Outbox) -> Outbox:
+        self.outbox = outbox
+        self.hub.write_to(self, None)
+        return outbox
 
     async def _flushed(self) -> None:
         """Return once the client has taken what there was for it, or is gone."""

@@ -34,6 +34,7 @@ from realtime.frames import (
 from realtime.limits import Allowance
 from realtime.private import PrivateNews
 from realtime.publisher import GROUP, tell_followers
+from realtime.wire import Connection, write_now
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,8 @@ SNAPSHOT_SECONDS = 1.0
 class Socket(Protocol):
     """What the hub needs of a connection; none of it may block or fail."""
 
-    def offer(
-        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
-    ) -> None:
-        """Send ``message``, which is ``frame`` after ``prev``.
-
-        An early frame, or one that replaces it, is offered again, to be left out where it is known.
-        """
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
+        """Send ``message``, which is ``frame`` after ``prev``."""
 
     def offer_heartbeat(self, key: str, message: Message) -> None: ...
     def reconnect(self) -> None: ...
@@ -83,11 +79,15 @@ class Listener(Protocol):
 class Feed:
     """A drop's newest event, its newest frame, and what happened in between."""
 
-    __slots__ = ("is_due", "next_turn", "recent", "sent", "seq", "singles", "touched", "waiting")
+    __slots__ = (
+        "early", "is_due", "next_turn", "recent", "sent", "seq", "singles", "touched", "waiting",
+    )  # fmt: skip
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
         self.sent = seq
+        # Who has a newer frame than that, and which.
+        self.early: dict[Socket, int] = {}
         self.waiting: Waiting | None = None
         self.singles: Allowance | None = None
         self.recent: deque[EventFrame] | None = None
@@ -134,6 +134,8 @@ class Hub:
         self._watching_all: set[Socket] = set()
         self._watching: dict[str, set[Socket]] = {}
         self._listening: dict[str, set[Listener]] = {}
+        # Of sockets that get everything at once, where to write it.
+        self._connections: dict[Socket, Connection] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
         self._frames = Allowance(FRAMES_PER_SECOND, FRAMES_BURST)
         self._frames_sent = 0
@@ -201,6 +203,9 @@ class Hub:
 
     def watch(self, socket: Socket, drop_id: str) -> None:
         self._watching.setdefault(drop_id, set()).add(socket)
+        if feed := self._feeds.get(drop_id):
+            # It starts over, with a state or with what it missed.
+            feed.early.pop(socket, None)
 
     def unwatch(self, socket: Socket, drop_id: str) -> None:
         leave(self._watching, drop_id, socket)
@@ -208,8 +213,19 @@ class Hub:
     def forget(self, socket: Socket, drop_ids: Iterable[str]) -> None:
         """Drop ``socket``, which watches ``drop_ids``."""
         self._watching_all.discard(socket)
+        self._connections.pop(socket, None)
         for drop_id in drop_ids:
             self.unwatch(socket, drop_id)
+
+    def write_to(self, socket: Socket, connection: Connection | None) -> None:
+        """Write what ``socket`` watches to its connection, or, with None, offer it again.
+
+        A frame that can't be written at once is offered in any case.
+        """
+        if connection is None:
+            self._connections.pop(socket, None)
+        else:
+            self._connections[socket] = connection
 
     def listen(self, listener: Listener, drop_id: str) -> None:
         self._listening.setdefault(drop_id, set()).add(listener)
@@ -222,10 +238,15 @@ class Hub:
         feed = self._feeds.get(drop_id)
         return feed.sent if feed else 0
 
-    def _audience(self, drop_id: str) -> set[Socket]:
-        watching = self._watching.get(drop_id, set())
+    def _groups(self, drop_id: str) -> tuple[set[Socket], set[Socket]]:
+        """Return who watches this drop, and who watches all and is shown it."""
         # A rehearsal is shown to those who ask for it by its id, and to nobody else.
-        return watching if is_rehearsal_id(drop_id) else self._watching_all | watching
+        watching_all = set() if is_rehearsal_id(drop_id) else self._watching_all
+        return self._watching.get(drop_id, set()), watching_all
+
+    def _audience(self, drop_id: str) -> set[Socket]:
+        watching, watching_all = self._groups(drop_id)
+        return watching | watching_all
 
     # --- What a new socket gets first ---------------------------------------------------
 
@@ -470,15 +491,34 @@ class Hub:
             metrics.event_lag_seconds.observe(max(0.0, time.time() - frame.at.timestamp()))
             metrics.frames_sent.add(len(audience))
             for first in range(0, len(audience), SOCKETS_PER_SLICE):
-                message = newest.message_after(prev)
-                for socket in audience[first : first + SOCKETS_PER_SLICE]:
-                    socket.offer(newest, prev, message, is_early=newest is not frame)
+                self._send(feed, newest, prev, audience[first : first + SOCKETS_PER_SLICE])
                 # Requests have their turn as well.
-                given_away -= loop.time()
+                given_away -= time.perf_counter()
                 await asyncio.sleep(0)
-                given_away += loop.time()
+                given_away += time.perf_counter()
                 newest = feed.newer_state(frame) or newest
+        if feed.early:
+            feed.early = {socket: seq for socket, seq in feed.early.items() if seq > feed.sent}
         return given_away
+
+    def _send(self, feed: Feed, frame: EventFrame, prev: int, sockets: Iterable[Socket]) -> None:
+        """Send ``frame`` to those who still watch and don't have it yet."""
+        watching, watching_all = self._groups(frame.drop_id)
+        message, early, is_early = frame.message_after(prev), feed.early, frame.seq > feed.sent
+        for socket in sockets:
+            if socket not in watching and socket not in watching_all:
+                continue
+            its_prev, its_message = prev, message
+            if early and (had := early.get(socket)) is not None:
+                if frame.seq <= had:
+                    continue
+                del early[socket]
+                its_prev, its_message = had, frame.message_after(had)
+            connection = self._connections.get(socket)
+            if connection is None or not write_now(connection, its_message["wire"]):
+                socket.offer(frame, its_prev, its_message)
+            if is_early:
+                early[socket] = frame.seq
 
     def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
         """Take what waits, each frame with its ``prev``; from then on it counts as sent."""

@@ -15,7 +15,10 @@ application = URLRouter(websocket_urlpatterns)
 
 
 class Socket:
-    """A client that reads at once, or, while ``reads`` is cleared, not at all."""
+    """A client that reads at once, or, while ``reads`` is cleared, not at all.
+
+    With ``is_direct`` frames may also be written past the server's ``send``.
+    """
 
     def __init__(
         self,
@@ -23,6 +26,8 @@ class Socket:
         headers: dict[str, str] | None = None,
         subprotocols: tuple[str, ...] = (),
         address: str = "127.0.0.1",
+        *,
+        is_direct: bool = False,
     ) -> None:
         path, _, query = path.partition("?")
         self.scope = {
@@ -41,10 +46,12 @@ class Socket:
         self.is_closed = asyncio.Event()
         self.accepted: dict[str, Any] | None = None
         self.code: int | None = None
+        self.is_direct, self.direct_frames = is_direct, 0
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "websocket.connect"})
-        self.running = asyncio.ensure_future(application(self.scope, self._receive, self._send))
+        send = WebSocketsSansIOProtocol(self).send if is_direct else self._send
+        self.running = asyncio.ensure_future(application(self.scope, self._receive, send))
 
     async def _receive(self) -> dict[str, Any]:
         return await self._incoming.get()
@@ -90,6 +97,28 @@ class Socket:
     async def leave(self) -> None:
         self._incoming.put_nowait({"type": "websocket.disconnect", "code": 1001})
         await asyncio.wait_for(self.running, 5)
+
+
+class WebSocketsSansIOProtocol:
+    """Of uvicorn's, what ``wire`` looks at; it is its own transport."""
+
+    def __init__(self, socket: Socket) -> None:
+        self._socket = socket
+        self.transport = self
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self._socket._send(message)
+
+    def is_closing(self) -> bool:
+        return self._socket.is_closed.is_set()
+
+    def get_write_buffer_size(self) -> int:
+        return 0 if self._socket.reads.is_set() else 1
+
+    def write(self, data: bytes) -> None:
+        payload = data[4:] if data[1] == 126 else data[2:]
+        self._socket.direct_frames += 1
+        self._socket._frames.put_nowait(json.loads(payload))
 
 
 def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:

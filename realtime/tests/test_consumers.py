@@ -164,12 +164,13 @@ def test_a_client_that_is_cut_off_again_and_again_misses_nothing(monkeypatch):
 # --- A crowd that is served in slices ---------------------------------------------------
 
 
-def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch):
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch, is_direct):
     monkeypatch.setattr(hub_module, "SOCKETS_PER_SLICE", 1)
     drop = drop_with_events(0)
 
     async def scenario() -> None:
-        sockets = [await following(f"/ws/drops/{drop.pk}") for _ in range(4)]
+        sockets = [await following(f"/ws/drops/{drop.pk}", is_direct=is_direct) for _ in range(4)]
         hub = hub_module.get_hub()
         await hub._take(message(drop, 1))
         # The turn has the loop's next step, and so between two sockets has the next event.
@@ -183,6 +184,8 @@ def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch):
         await hub._take(message(drop, 4))
         # Each joins on to what that client had before, and nobody gets the third again.
         assert [(await socket.next())["prev"] for socket in sockets] == [3] * 4
+        # The snapshot, and the first frame, which had to be compared with it, went another way.
+        assert all(bool(socket.direct_frames) == is_direct for socket in sockets)
 
     in_loop(scenario)
 
@@ -210,7 +213,8 @@ def test_slices_leave_no_gap_and_repeat_nothing_whoever_comes_and_goes(monkeypat
         async def come_and_go() -> None:
             seen = 0
             while seen < last:
-                socket = Socket(f"/ws/drops/{drop.pk}?since={seen}")
+                path, is_direct = f"/ws/drops/{drop.pk}?since={seen}", choose.random() < 0.5
+                socket = Socket(path, is_direct=is_direct)
                 for _ in range(choose.randint(1, 4)):
                     if choose.random() < 0.3:
                         socket.reads.clear()
@@ -223,8 +227,10 @@ def test_slices_leave_no_gap_and_repeat_nothing_whoever_comes_and_goes(monkeypat
                         break
                 await socket.leave()
 
-        stayers = [await following(f"/ws/drops/{drop.pk}") for _ in range(7)]
+        path = f"/ws/drops/{drop.pk}"
+        stayers = [await following(path, is_direct=number % 2 == 0) for number in range(7)]
         await asyncio.gather(change(), *map(stay, stayers), *(come_and_go() for _ in range(5)))
+        assert all(bool(stayer.direct_frames) == stayer.is_direct for stayer in stayers)
 
     in_loop(scenario)
 

@@ -35,9 +35,7 @@ class Socket:
         self.frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.is_told_to_reconnect = False
 
-    def offer(
-        self, frame: EventFrame, prev: int, message: Message, *, is_early: bool = False
-    ) -> None:
+    def offer(self, frame: EventFrame, prev: int, message: Message) -> None:
         decoded = json.loads(message["text"])
         assert (decoded["dropId"], decoded["seq"]) == (frame.drop_id, frame.seq)
         assert decoded["prev"] == prev
@@ -228,6 +226,29 @@ def test_the_first_change_goes_out_at_once_and_of_a_rush_the_newest(monkeypatch)
         assert socket.waiting() == []
 
     run_with_hub(scenario)
+
+
+def test_who_starts_over_is_not_taken_for_one_with_a_newer_frame(monkeypatch):
+    monkeypatch.setattr(hub_module, "SOCKETS_PER_SLICE", 1)
+    drop = DropFactory.build()
+
+    async def scenario() -> None:
+        hub, sockets = Hub(), [Socket(), Socket()]
+        for socket in sockets:
+            hub.watch(socket, str(drop.pk))
+        await hub._take(message(drop, 1))
+        turn = asyncio.ensure_future(hub._take_turn(str(drop.pk)))
+        await asyncio.sleep(0)
+        await hub._take(message(drop, 2))
+        await turn
+        had = [socket.waiting() for socket in sockets]
+        assert sorted(had) == [[(0, 1)], [(0, 2)]]
+        early = sockets[had.index([(0, 2)])]
+        hub.watch(early, str(drop.pk))
+        await hub._take_turn(str(drop.pk))
+        assert [socket.waiting() for socket in sockets] == [[(1, 2)]] * 2
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.django_db(transaction=True)
