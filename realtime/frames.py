@@ -52,7 +52,7 @@ class EventFrame:
 
 
 def text_message(text: str) -> Message:
-    """Return ASGI's message, and in it the same as bytes, for ``wire.frame_writer``."""
+    """Return ASGI's message, and in it the same as bytes, for ``wire.write_now``."""
     return {"type": "websocket.send", "text": text, "wire": to_wire(text)}
 
 

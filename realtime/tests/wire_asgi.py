@@ -2,20 +2,21 @@
 
 from typing import Any
 
-from realtime.wire import frame_writer, to_wire
+from realtime.wire import connection_of, to_wire, write_now
 
 
 async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
     assert (await receive())["type"] == "websocket.connect"
     await send({"type": "websocket.accept"})
-    write = frame_writer(send)
+    connection = connection_of(send)
+    assert connection is not None
     while (message := await receive())["type"] == "websocket.receive":
         for size in map(int, message["text"].split()):
-            # What the writer does not take now goes the usual way.
+            # What can't be written now goes the usual way.
             frame = as_message("é" * (size // 2) + "x" * (size % 2))
-            if not write(frame):
+            if not write_now(connection, frame["wire"]):
                 await send(frame)
-    assert not write(as_message("too late"))
+    assert not write_now(connection, b"too late")
 
 
 def as_message(text: str) -> dict[str, Any]:
