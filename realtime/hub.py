@@ -10,7 +10,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from realtime.frames import (
 )
 from realtime.limits import Allowance
 from realtime.private import PrivateNews
-from realtime.publisher import GROUP, tell_followers
+from realtime.publisher import GROUP, NewsOfDrop, hear_directly, tell_followers
 from realtime.wire import Connection, write_now
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ class Hub:
         seqs = await database_sync_to_async(log.current_seqs)()
         self._feeds = {drop_id: Feed(seq) for drop_id, seq in seqs.items()}
         self.level_at = time.monotonic()
+        hear_directly(self._hear)
         self._tasks = [
             asyncio.create_task(work)
             for work in (
@@ -378,7 +379,17 @@ class Hub:
         for key in [key for key, snapshot in self._snapshots.items() if not snapshot.is_fresh]:
             del self._snapshots[key]
 
-    async def _take(self, news: dict[str, Any]) -> None:
+    def _hear(self, all_news: Sequence[NewsOfDrop]) -> None:
+        """Take this process's own news at once, where they join on.
+
+        They come through the channel layer as well, and by then what they join on to has come.
+        """
+        for news in all_news:
+            events = news["events"]
+            if events and events[0]["seq"] == self._feed(news["drop_id"]).seq + 1:
+                self._pass_on(news["drop_id"], as_logged(events))
+
+    async def _take(self, news: NewsOfDrop) -> None:
         """Pass on a drop's events; where they don't join on, read the log instead."""
         drop_id, events = news["drop_id"], news["events"]
         known = self._feed(drop_id).seq
@@ -386,13 +397,7 @@ class Hub:
             return
         if not events or events[0]["seq"] > known + 1:
             return await self._read_missed(drop_id, news["seq"])
-        self._pass_on(
-            drop_id,
-            (
-                (e["seq"], e["type"], datetime.fromtimestamp(e["ts"], UTC), e["data"])
-                for e in events
-            ),
-        )
+        self._pass_on(drop_id, as_logged(events))
 
     async def _read_missed(self, drop_id: str, up_to: int) -> None:
         if not self._has_audience(drop_id):
@@ -473,8 +478,8 @@ class Hub:
                 given_away = LONGEST_BREAK_SECONDS
             spent = loop.time() - began
             if spent > TURN_SECONDS / 10:
-                # They had the loop between the slices too, and may have as much again.
-                await asyncio.sleep(min(given_away, spent / 2, LONGEST_BREAK_SECONDS))
+                # They had the loop between the slices too, and may have half as much again.
+                await asyncio.sleep(min(given_away / 2, LONGEST_BREAK_SECONDS))
 
     async def _take_turn(self, drop_id: str) -> float:
         """Send what waits; return for how many seconds others had the loop meanwhile."""
@@ -566,6 +571,13 @@ class Hub:
                 for socket in audience[first : first + SOCKETS_PER_SLICE]:
                     socket.offer_heartbeat(key, message)
                 await asyncio.sleep(0)
+
+
+def as_logged(events: Iterable[dict[str, Any]]) -> Iterator[log.LoggedEvent]:
+    """Return the events of a message as the log has them."""
+    for event in events:
+        at = datetime.fromtimestamp(event["ts"], UTC)
+        yield event["seq"], event["type"], at, event["data"]
 
 
 def leave(groups: dict[str, set], key: str, member: Any) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,10 @@ def publish(events: Mapping[uuid.UUID, Sequence["NewEvent"]], at: datetime) -> N
 
     Call it after the commit. What gets lost here (Redis is away, the process dies) the
     hubs find in the event log within a second. Followers in this process are told first,
-    so that it never answers from a memory older than its own writes.
+    so that it never answers from a memory older than its own writes; then its own hub, whose
+    clients need not wait for the way through Redis.
     """
-    news = []
+    news: list[NewsOfDrop] = []
     for drop_id, its_events in events.items():
         name = str(drop_id)
         tell_followers(name, [(e.seq, e.type, e.data) for e in its_events])
@@ -48,7 +51,24 @@ def publish(events: Mapping[uuid.UUID, Sequence["NewEvent"]], at: datetime) -> N
                 else [],
             }
         )
+    for loop, hear in list(_hearers.items()):
+        with contextlib.suppress(RuntimeError):
+            # It raises where the loop has ended meanwhile.
+            loop.call_soon_threadsafe(hear, news)
     _publisher().put(news)
+
+
+# What a hub is told of one drop: its id, the newest ``seq``, and the events.
+NewsOfDrop = dict[str, Any]
+
+_hearers: weakref.WeakKeyDictionary[
+    asyncio.AbstractEventLoop, Callable[[Sequence[NewsOfDrop]], None]
+] = weakref.WeakKeyDictionary()
+
+
+def hear_directly(hear: Callable[[Sequence[NewsOfDrop]], None]) -> None:
+    """Call ``hear`` in this event loop with all that this process publishes, once more."""
+    _hearers[asyncio.get_running_loop()] = hear
 
 
 # (seq, type, data)
@@ -82,7 +102,7 @@ class Publisher(threading.Thread):
         self._is_idle = threading.Event()
         self._is_failing = False
 
-    def put(self, news: Sequence[dict[str, Any]]) -> None:
+    def put(self, news: Sequence[NewsOfDrop]) -> None:
         self._is_idle.clear()
         self._loop.call_soon_threadsafe(self._enqueue, news)
 
@@ -94,7 +114,7 @@ class Publisher(threading.Thread):
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._send_forever())
 
-    def _enqueue(self, news: Sequence[dict[str, Any]]) -> None:
+    def _enqueue(self, news: Sequence[NewsOfDrop]) -> None:
         for of_drop in news:
             if self._waiting.qsize() < MAX_WAITING_NEWS:
                 self._waiting.put_nowait(of_drop)

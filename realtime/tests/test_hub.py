@@ -21,7 +21,8 @@ from realtime import log, publisher
 from realtime.consumers import parse_message
 from realtime.frames import EventFrame, Message, heartbeat_frame, is_uuid, snapshot_frame
 from realtime.hub import Feed, Hub, get_hub
-from realtime.models import Event
+from realtime.models import Event, EventType
+from realtime.services import NewEvent
 
 SOME_ID = "5f0c7a52-2f0e-4f66-9a3e-8d1f3a0c9b11"
 STOCK = "STOCK_UPDATED"
@@ -339,6 +340,33 @@ def test_finds_what_nobody_told_it(monkeypatch):
         hub.watch_all(socket)
         await sync_to_async(drop_with_events)(3)
         assert (await socket.up_to(3))[-1]["data"] == {"n": 3}
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_hears_its_own_process_without_redis_but_only_what_joins_on(monkeypatch):
+    monkeypatch.setattr(publisher.Publisher, "put", lambda self, news: None)
+    monkeypatch.setattr(hub_module, "CATCH_UP_SECONDS", 60)
+    drop = drop_with_events(0)
+    events = [NewEvent(n, EventType.STOCK_UPDATED, {}) for n in range(1, 5)]
+
+    async def scenario(hub: Hub) -> None:
+        socket, listener = Socket(), Listener()
+        hub.watch(socket, str(drop.pk))
+        hub.listen(listener, str(drop.pk))
+        publish = sync_to_async(publisher.publish, thread_sensitive=False)
+        await publish({drop.pk: events[:1]}, AT)
+        assert (await socket.next())["seq"] == 1
+        # The second is another process's, and on its way through Redis.
+        await publish({drop.pk: events[2:3]}, AT)
+        assert listener.seqs == [1]
+        await hub._take(message(drop, 2))
+        await hub._take(message(drop, 3))
+        await publish({drop.pk: events[3:]}, AT)
+        await socket.up_to(4)
+        await hub._take(message(drop, 4))
+        assert listener.seqs == [1, 2, 3, 4]
 
     run_with_hub(scenario)
 
