@@ -117,6 +117,21 @@ class HotAnswer:
     content_type: bytes | None = JSON
     # The outcome, as clients know it, where it isn't simply that it went well.
     code: str = ""
+    _lines: bytes | None = None
+
+    @property
+    def lines(self) -> bytes | None:
+        """What says what it is, as lines, made once however many requests it answers.
+
+        None where a header would begin another line.
+        """
+        if self._lines is None:
+            lines = header_lines(self.headers)
+            if lines is None:
+                return None
+            length = b"content-length: %d\r\n" % len(self.body)
+            self._lines = length + CONTENT_TYPE_LINES[self.content_type] + lines
+        return self._lines
 
 
 Endpoint = Callable[[HotRequest], Awaitable[HotAnswer]]
@@ -197,27 +212,19 @@ class HotRoutes:
         return None, ()
 
     async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
-        own = (
-            *cors_headers(request.header(b"origin")),
-            *request.answer_headers,
-            *answer.headers,
-        )
+        added = (*cors_headers(request.header(b"origin")), *request.answer_headers)
         common = self._common_headers(route.methods, request.scheme)
-        own_lines = header_lines(own)
-        if own_lines is not None:
-            lines = b"content-length: %d\r\nx-request-id: %b\r\n%b%b%b" % (
-                len(answer.body),
-                request.request_id.encode(),
-                CONTENT_TYPE_LINES[answer.content_type],
-                own_lines,
-                common.lines,
-            )
-            if send_at_once(send, answer.status, lines, answer.body):
+        lines, added_lines = answer.lines, header_lines(added)
+        if lines is not None and added_lines is not None:
+            identifier = request.request_id.encode()
+            head = b"x-request-id: %b\r\n%b%b%b" % (identifier, lines, added_lines, common.lines)
+            if send_at_once(send, answer.status, head, answer.body):
                 return
         headers = [
             (b"content-length", b"%d" % len(answer.body)),
             (b"x-request-id", request.request_id.encode()),
-            *own,
+            *added,
+            *answer.headers,
             *common.headers,
         ]
         if answer.content_type:

@@ -23,7 +23,7 @@ from django.db import connection
 
 from config.asgi_types import Scope
 from config.hot_routes import FallThrough, HotAnswer, HotRequest, Route, drop_id_of
-from drops.etags import is_match, weak_etag
+from drops.etags import digest, etag_of, is_match
 from drops.views import DropViewSet
 from realtime.models import EventType
 from realtime.publisher import News, follow
@@ -51,25 +51,41 @@ PERSONAL_HEADERS = {
 PageKey = tuple[str, str, str, bytes]
 
 
+class Encoded:
+    """The JSON of a drop, or of a page without its drops, and the digest of what it says."""
+
+    __slots__ = ("digest", "json")
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.json = orjson.dumps(data)
+        self.digest = digest(data)
+
+
 @dataclass
 class Page:
     """One remembered answer: a list, or a single drop."""
 
     data: dict[str, Any] = field(default_factory=dict)
     drops: list[dict[str, Any]] = field(default_factory=list)
+    # Of each drop, or None: one changes often, and the others need not be encoded with it.
+    encoded: list[Encoded | None] = field(default_factory=list)
+    frame: Encoded | None = None
     is_list: bool = True
     read_at: float = float("-inf")
     loading: asyncio.Task | None = None
     # Events that came while the page was being read, to be folded into what was read.
     meanwhile: list[tuple[str, Sequence[News]]] = field(default_factory=list)
-    body: bytes | None = None
+    # None while it has to be encoded anew.
+    answer: HotAnswer | None = None
     etag: str = ""
 
     def replace(self, data: dict[str, Any]) -> None:
         self.is_list = "results" in data
         self.data = data
         self.drops = data["results"] if self.is_list else [data]
-        self.body = None
+        self.encoded = [None] * len(self.drops)
+        self.frame = Encoded(data | {"results": []}) if self.is_list else None
+        self.answer = None
         for drop_id, events in self.meanwhile:
             self.fold(drop_id, events)
         self.meanwhile = []
@@ -84,19 +100,31 @@ class Page:
                             self.read_at = float("-inf")
                         drop = folded(drop, seq, event_type, data)
                 self.drops[index] = drop
-                self.body = None
-                if not self.is_list:
-                    self.data = drop
+                self.encoded[index] = None
+                self.answer = None
                 if not events:
                     self.read_at = float("-inf")
         if self.is_list and any(changes_membership(event_type) for _, event_type, _ in events):
             self.read_at = float("-inf")
 
-    def encode(self) -> tuple[bytes, str]:
-        if self.body is None:
-            self.body = orjson.dumps(self.data)
-            self.etag = weak_etag(self.data)
-        return self.body, self.etag
+    def encode(self) -> HotAnswer:
+        if self.answer is None:
+            parts = [
+                known or Encoded(drop) for known, drop in zip(self.encoded, self.drops, strict=True)
+            ]
+            self.encoded = [*parts]
+            body, digests = b",".join(part.json for part in parts), [part.digest for part in parts]
+            if self.frame:
+                # The results come last.
+                body = self.frame.json.removesuffix(b"]}") + body + b"]}"
+                digests.insert(0, self.frame.digest)
+            self.etag = etag_of(digests)
+            self.answer = HotAnswer(200, body, etag_header(self.etag))
+        return self.answer
+
+
+def etag_header(etag: str) -> tuple[tuple[bytes, bytes]]:
+    return ((b"etag", etag.encode()),)
 
 
 class DropReads:
@@ -167,11 +195,10 @@ class DropReads:
                 # An error, of which the viewset says more; it isn't remembered.
                 raise FallThrough
         with self._lock:
-            body, etag = page.encode()
-        headers = ((b"etag", etag.encode()),)
+            answer, etag = page.encode(), page.etag
         if is_match(etag, request.header(b"if-none-match")):
-            return HotAnswer(304, b"", headers, content_type=None)
-        return HotAnswer(200, body, headers)
+            return HotAnswer(304, b"", etag_header(etag), content_type=None)
+        return answer
 
     def _page(self, key: PageKey) -> Page:
         page = self._pages.get(key)

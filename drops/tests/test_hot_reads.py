@@ -10,11 +10,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 from django.db import OperationalError
 from django.utils import timezone
 
 from drops import asgi
+from drops.etags import weak_etag
 from drops.models import Drop
 from drops.services import adjust_stock, create_drop, update_drop
 from drops.tests.factories import DropFactory
@@ -518,3 +520,25 @@ def test_who_has_asked_is_remembered_for_a_while_and_not_without_end(monkeypatch
         return soon, await status_for(user)
 
     assert play(scene) == (200, 401)
+
+
+def test_a_page_is_encoded_drop_by_drop_and_reads_as_if_it_were_whole():
+    def drop_with(units: int) -> dict[str, Any]:
+        variants = [{"id": "v", "size": "one", "available_stock": units}]
+        known = {"id": str(units), "seq": 1, "available_stock": units, "variants": variants}
+        return known | {"availability": "available"}
+
+    for count in (0, 1, 3):
+        page = asgi.Page()
+        data = {"count": count, "next": None, "results": [drop_with(n) for n in range(count)]}
+        page.replace(data)
+        for units in (9, 8) if count else ():
+            page.encode()
+            told = {"variants": [{"id": "v", "availableStock": units}], "availability": "held"}
+            stock = {"availableStock": units, **told}
+            page.fold("0", [(page.drops[0]["seq"] + 1, "STOCK_UPDATED", stock)])
+        answer, whole = page.encode(), data | {"results": page.drops}
+        assert answer.body == orjson.dumps(whole)
+        assert answer.headers == ((b"etag", weak_etag(whole).encode()),)
+        assert page.encode() is answer
+        assert [drop["available_stock"] for drop in page.drops[:1]] == ([8] if count else [])
