@@ -48,7 +48,8 @@ def main() -> int:
     from tests.torture.report import REPORT, problems_of, to_markdown
 
     show(results, console)
-    if not (options.short or options.only or options.interleaving):
+    is_whole = not (options.short or options.only or options.interleaving)
+    if is_whole and options.within == float("inf"):
         REPORT.write_text(to_markdown(results, conditions))
         console.print(f"Written: {REPORT.relative_to(BASE_DIR)}")
     else:
@@ -119,11 +120,16 @@ def play(
     unknown = set(options.only) - set(scenarios)
     if unknown:
         raise StackError(f"There is no {', '.join(unknown)}; there are {', '.join(scenarios)}.")
+    started = time.monotonic()
     for name, scenario in scenarios.items():
-        if not options.only or name in options.only:
-            # Each draws from the seed alone, whatever came before it.
-            run.random.seed(f"{seed} {name}")
-            scenario(run)
+        if options.only and name not in options.only:
+            continue
+        if time.monotonic() - started > options.within:
+            say(f"LEFT OUT, because time is up: {name}")
+            continue
+        # Each draws from the seed alone, whatever came before it.
+        run.random.seed(f"{seed} {name}")
+        scenario(run)
     return run.results
 
 
@@ -170,6 +176,13 @@ def read_arguments() -> argparse.Namespace:
         default=60.0,
         help="half of them for the soak; also decides how much random work is done "
         "(default: %(default)g)",
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no scenario after that, and say which were left out (default: do all)",
     )
     parser.add_argument("--seed", type=int, help="repeat a run (default: a new seed)")
     parser.add_argument(
