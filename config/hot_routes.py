@@ -217,7 +217,7 @@ class HotRoutes:
         lines, added_lines = answer.lines, header_lines(added)
         if lines is not None and added_lines is not None:
             identifier = request.request_id.encode()
-            head = b"x-request-id: %b\r\n%b%b%b" % (identifier, lines, added_lines, common.lines)
+            head = b"%bx-request-id: %b\r\n%b%b" % (lines, identifier, added_lines, common.lines)
             if send_at_once(send, answer.status, head, answer.body):
                 return
         headers = [

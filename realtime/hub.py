@@ -51,6 +51,8 @@ SENDS_OF_SINGLES_PER_TURN = 20_000
 FRAMES_PER_SECOND = 1000
 FRAMES_BURST = 250
 SOCKETS_PER_SLICE = 50
+# Who caused the event waits for an answer at that very moment.
+FIRST_SOCKETS = 5
 LONGEST_BREAK_SECONDS = 0.1
 
 # Events that a client who lost its connection for a moment gets without a query.
@@ -495,8 +497,10 @@ class Hub:
             newest = frame
             metrics.event_lag_seconds.observe(max(0.0, time.time() - frame.at.timestamp()))
             metrics.frames_sent.add(len(audience))
-            for first in range(0, len(audience), SOCKETS_PER_SLICE):
-                self._send(feed, newest, prev, audience[first : first + SOCKETS_PER_SLICE])
+            first, size = 0, min(FIRST_SOCKETS, SOCKETS_PER_SLICE)
+            while first < len(audience):
+                self._send(feed, newest, prev, audience[first : first + size])
+                first, size = first + size, min(2 * size, SOCKETS_PER_SLICE)
                 # Requests have their turn as well.
                 given_away -= time.perf_counter()
                 await asyncio.sleep(0)
