@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 
 from benchmarks.client import Report, percentile
+from benchmarks.pages import PURCHASES, admin
 from benchmarks.results import Goal, Result, Run, ratios
 from benchmarks.runs import (
     FIRST_USER,
@@ -396,6 +397,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "expiry": expiry,
     "million": million,
     **SOCKET_SCENARIOS,
+    "admin": admin,
 }
 
 
@@ -404,6 +406,8 @@ def users_needed(names: Collection[str], seconds: float, is_quick: bool) -> int:
     needed = FIRST_USER + round(seconds * USERS_PER_SECOND)
     if "expiry" in names and not is_quick:
         needed = max(needed, FIRST_USER + 110_000)
+    if "admin" in names:
+        needed = max(needed, FIRST_USER + PURCHASES[is_quick])
     if "million" in names:
         needed = max(needed, MILLION[is_quick] + 50_000)
     return needed

@@ -59,7 +59,11 @@ def write_now(connection: Connection, data: bytes) -> bool:
     """Write to a connection that is open and has nothing waiting, or return False."""
     if connection.is_closing() or connection.get_write_buffer_size():
         return False
-    connection.write(data)
+    try:
+        connection.write(data)
+    except RuntimeError:
+        # uvloop's, of a connection that has ended without a word to anybody yet.
+        return False
     return True
 
 

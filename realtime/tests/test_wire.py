@@ -60,10 +60,12 @@ class Transport:
         return 100 if self.trouble == "behind" else 0
 
     def write(self, data: bytes) -> None:
+        if self.trouble == "ended":
+            raise RuntimeError("unable to perform operation; the handler is closed")
         self.written.append(data)
 
 
-@pytest.mark.parametrize("trouble", ["", "closing", "behind"])
+@pytest.mark.parametrize("trouble", ["", "closing", "behind", "ended"])
 def test_nothing_is_written_to_a_connection_that_ends_or_has_something_waiting(trouble):
     transport = Transport(trouble)
 

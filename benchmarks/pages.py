@@ -1,0 +1,104 @@
+"""The pages of the admin, with as many rows as a season leaves behind."""
+
+import http.client
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.data import sell
+from benchmarks.results import Goal, Result, Run
+from benchmarks.runs import FIRST_USER, Bench
+from benchmarks.stack import Hot, WebServer
+
+PURCHASES = {False: 100_000, True: 10_000}  # by whether it must be quick
+LOOKS = 5
+LISTS = (
+    "drops_drop",
+    "reservations_reservation",
+    "purchases_purchase",
+    "realtime_event",
+    "users_user",
+)
+
+
+def admin(bench: Bench) -> Result:
+    purchases = PURCHASES[bench.is_quick]
+    (hot,) = bench.stack.fresh()
+    sell(bench.stack, hot, FIRST_USER, purchases)
+    bench.stack.execute("VACUUM ANALYZE")
+    cookie = staff_cookie()
+    slowest: list[float] = []
+    by_page: dict[str, list[float]] = {name: [] for name, _ in pages_of(hot)}
+
+    def run() -> Run:
+        with bench.stack.web() as web:
+            medians = {name: look(bench, web, url, cookie) for name, url in pages_of(hot)}
+        for name, median in medians.items():
+            by_page[name].append(median)
+        slowest.append(max(medians.values()))
+        return Run(p50_ms=statistics.median(medians.values()), p99_ms=slowest[-1])
+
+    rows = bench.take_turns("admin", {"uvicorn": run})
+    bench.audit()
+    each = ", ".join(f"{name} {statistics.median(ms):.0f}" for name, ms in by_page.items())
+    return Result(
+        name="admin",
+        title="Pages of the admin",
+        method=(
+            f"The dashboard, a drop, its timeline, every list, a search and a page far behind, "
+            f"with {purchases:,} purchases of one drop; one uvicorn process, one request at a "
+            f"time. Of each page the median of {LOOKS} looks, after a first one; p50 and p99 are "
+            "the middle one and the slowest of the pages."
+        ),
+        rows=rows,
+        goals=[Goal("the slowest page", slowest, "at most", 300, unit=" ms")],
+        notes=[f"Each page, in ms: {each}."],
+        problems=bench.take_problems(),
+    )
+
+
+def pages_of(hot: Hot) -> Iterator[tuple[str, str]]:
+    """Return what is looked at: its name, and its address."""
+    from django.urls import reverse
+
+    yield "dashboard", reverse("admin:index")
+    yield "its figures", reverse("admin:figures")
+    yield "drop", reverse("admin:drops_drop_change", args=[hot.drop_id])
+    yield "timeline", reverse("admin:drops_drop_timeline", args=[hot.drop_id])
+    for name in LISTS:
+        yield name.partition("_")[2] + "s", reverse(f"admin:{name}_changelist")
+    for name in ("reservations_reservation", "purchases_purchase"):
+        title, address = name.partition("_")[2] + "s", f"admin:{name}_changelist"
+        yield f"{title} of a user", reverse(address, query={"q": f"user_{FIRST_USER}"})
+        far_behind = {"drop__id__exact": hot.drop_id, "p": 90}
+        yield f"page 90 of {title}", reverse(address, query=far_behind)
+
+
+def staff_cookie() -> str:
+    """Sign a superuser in, and return the cookie of the session."""
+    from django.conf import settings
+    from django.test import Client
+
+    from users.models import User
+
+    client: Any = Client()
+    client.force_login(User.objects.create_superuser("benchmarks"))
+    name = settings.SESSION_COOKIE_NAME
+    return f"{name}={client.cookies[name].value}"
+
+
+def look(bench: Bench, web: WebServer, url: str, cookie: str) -> float:
+    """Return the median of the times that the page takes, in ms."""
+    connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)
+    times = []
+    for _ in range(1 + LOOKS):
+        started = time.perf_counter()
+        connection.request("GET", url, headers={"Cookie": cookie})
+        answer = connection.getresponse()
+        answer.read()
+        times.append((time.perf_counter() - started) * 1000)
+        if answer.status != 200:
+            bench.problems.append(f"{url}: {answer.status}")
+    connection.close()
+    return statistics.median(times[1:])
