@@ -144,10 +144,12 @@ def socket_load(bench: Bench) -> Result:
     """The stock's age under load, and the reserve rate beside the sockets."""
     sockets, rate = 3000, 1000
     ages: list[float] = []
+    ages_of_two: list[float] = []
     rows = bench.take_turns(
         "sockets-load",
         {
             f"{rate:,} reserves/s": lambda: age_run(bench, sockets, rate, ages),
+            "the same, two processes": lambda: age_run(bench, sockets, rate, ages_of_two, 2),
             "closed loop": lambda: beside_run(bench, sockets),
             "closed loop without sockets": lambda: beside_run(bench, 0),
         },
@@ -173,14 +175,15 @@ def socket_load(bench: Bench) -> Result:
                 "×",
             ),
         ],
+        notes=[f"The age with two processes, median in ms: {show({'p99': ages_of_two})}."],
         problems=bench.take_problems(),
     )
 
 
-def age_run(bench: Bench, sockets: int, rate: int, ages: list[float]) -> Run:
+def age_run(bench: Bench, sockets: int, rate: int, ages: list[float], workers: int = 1) -> Run:
     hot = bench.stack.fresh()
     with (
-        warm_web(bench, hot) as web,
+        warm_web(bench, hot, workers=workers) as web,
         watching(SocketPlan(web.port, socket_path(hot[0]), sockets)) as clients,
     ):
         run, seen = watched_reserves(bench, web, hot, clients, rate, round(rate * bench.seconds))
