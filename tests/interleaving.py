@@ -53,6 +53,12 @@ STOCK = 2
 PLENTY = 10
 KEY = "order-1"
 WHO_IS_BLOCKED = "SELECT pid FROM unnest(%s::int[]) AS pid WHERE pg_blocking_pids(pid) <> '{}'"
+WHO_IS_THERE = r"""
+    SELECT pid, backend_type, state, wait_event_type, wait_event, pg_blocking_pids(pid),
+           left(regexp_replace(query, '\s+', ' ', 'g'), 100)
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
 # The drop as it was when it was made; its first event is that it was.
 START_OVER = (
     "DELETE FROM purchases_purchase WHERE drop_id = %(drop)s",
@@ -195,7 +201,8 @@ class Stage:
             moved = [acting[choice]]
             moved[0].go()
         if any(actor.state == "running" for actor in acting):
-            stuck = Stuck(f"all wait for each other after {played.choices}")
+            there = "\n".join(map(str, self.watcher.execute(WHO_IS_THERE).fetchall()))
+            stuck = Stuck(f"all wait for each other after {played.choices}:\n{there}")
             # The database ends it after a second, and the rest may run as it likes.
             while any(actor.state != "done" for actor in acting):
                 self._wait(lambda: any(actor.state != "running" for actor in acting))
@@ -360,7 +367,8 @@ class World:
         self.drop.refresh_from_db()
         drop = self.drop
         stock = drop.total_stock, drop.available_stock, drop.held_stock, drop.sold_stock
-        return played, (tuple(kind_of(outcome) for outcome in played.outcomes), stock)
+        kinds = tuple(kind_of(outcome, drop.pk) for outcome in played.outcomes)
+        return played, (kinds, stock)
 
     def _set_up(self, scene: Scene) -> Reservation:
         with connection.cursor() as cursor:
@@ -422,8 +430,8 @@ def is_failure(outcome: Any) -> bool:
     return isinstance(outcome, Exception) and not isinstance(outcome, APIException)
 
 
-def kind_of(outcome: Any) -> Any:
-    """Return what an outcome says, without what is different each time."""
+def kind_of(outcome: Any, drop_id: uuid.UUID) -> Any:
+    """Return what an outcome says of this drop, without what is different each time."""
     if isinstance(outcome, APIException):
         return code_of(outcome)
     if isinstance(outcome, Reservation):
@@ -435,7 +443,8 @@ def kind_of(outcome: Any) -> Any:
     if isinstance(outcome, StockAdjustment):
         return outcome.delta
     if isinstance(outcome, list):
-        return sum(len(holds.reservation_ids) for holds in outcome)
+        # A sweep is a transaction for each drop, so between two of them others may act.
+        return sum(len(holds.reservation_ids) for holds in outcome if holds.drop_id == drop_id)
     return None
 
 

@@ -17,6 +17,7 @@ from benchmarks.stack import BASE_DIR, StackError
 from tests.torture.stack import TortureStack
 
 USERS = 300_000
+FOR_EVER = float("inf")
 
 
 def main() -> int:
@@ -45,12 +46,11 @@ def main() -> int:
         except StackError as exc:
             console.print(f"[red]{exc}[/]")
             return 2
-    from tests.torture.report import REPORT, problems_of, to_markdown
+    from tests.torture.report import REPORT, problems_of, write, write_again
 
     show(results, console)
-    is_whole = not (options.short or options.only or options.interleaving)
-    if is_whole and options.within == float("inf"):
-        REPORT.write_text(to_markdown(results, conditions))
+    if options.write:
+        (write_again if options.only else write)(results, conditions)
         console.print(f"Written: {REPORT.relative_to(BASE_DIR)}")
     else:
         for result in results:
@@ -180,7 +180,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--within",
         type=float,
-        default=float("inf"),
+        default=FOR_EVER,
         metavar="SECONDS",
         help="begin no scenario after that, and say which were left out (default: do all)",
     )
@@ -189,9 +189,17 @@ def read_arguments() -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="NAME", help="only these scenarios; no report"
     )
     parser.add_argument(
+        "--write", action="store_true", help="with --only: replace these scenarios in the report"
+    )
+    parser.add_argument(
         "--interleaving", type=int, metavar="SEED", help="play one order of three again"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    is_in_full = not options.short and options.interleaving is None and options.within == FOR_EVER
+    if options.write and not (options.only and is_in_full):
+        parser.error("--write goes with --only, in full; without that all is written anyway.")
+    options.write = options.write or (is_in_full and not options.only)
+    return options
 
 
 if __name__ == "__main__":

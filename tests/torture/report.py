@@ -1,13 +1,21 @@
-"""docs/RELIABILITY.md, written by the run that it reports."""
+"""docs/RELIABILITY.md, written by the runs that it reports, and beside it the same as JSON."""
+
+import json
+from dataclasses import asdict
+from typing import Any
 
 from benchmarks.stack import BASE_DIR
 from tests.torture.run import Result
 
 REPORT = BASE_DIR / "docs" / "RELIABILITY.md"
+DATA = REPORT.with_suffix(".json")
+
+# What a run began with and on which machine, by name.
+Conditions = dict[str, str]
 
 HEAD = """# Reliability: what was tried, and what happened
 
-Written by `python -m tests.torture`; every figure is of the run described at the end. What is
+Written by `python -m tests.torture`; every figure is of a run described at the end. What is
 promised, and on which conditions, is in [guarantees.md](guarantees.md).
 
 **{verdict}** {operations:,} operations and {faults:,} faults: {lost} confirmed answers lost,
@@ -30,7 +38,32 @@ NOTES = """
 """
 
 
-def to_markdown(results: list[Result], conditions: dict[str, str]) -> str:
+def write(results: list[Result], conditions: Conditions) -> None:
+    """Write a report of this run alone."""
+    _write(results, [conditions])
+
+
+def write_again(results: list[Result], conditions: Conditions) -> None:
+    """Replace these scenarios in the report, which then says of each which run it is of."""
+    data: dict[str, Any] = json.loads(DATA.read_text())
+    known = {found["name"]: Result(**found) for found in data["results"]}
+    for result in results:
+        result.run = len(data["runs"])
+        known[result.name] = result
+    _write(list(known.values()), [*data["runs"], conditions])
+
+
+def _write(results: list[Result], runs: list[Conditions]) -> None:
+    used = sorted({result.run for result in results})
+    for result in results:
+        result.run = used.index(result.run)
+    runs = [runs[number] for number in used]
+    data = {"runs": runs, "results": [asdict(result) for result in results]}
+    DATA.write_text(json.dumps(data, indent=1) + "\n")
+    REPORT.write_text(to_markdown(results, runs))
+
+
+def to_markdown(results: list[Result], runs: list[Conditions]) -> str:
     problems = [f"{result.name}: {text}" for result in results for text in problems_of(result)]
     recoveries = [r.recovery_seconds for r in results if r.recovery_seconds is not None]
     lines = [
@@ -51,9 +84,17 @@ def to_markdown(results: list[Result], conditions: dict[str, str]) -> str:
     for result in results:
         lines.append(f"- **{result.name}.** {result.what}")
         lines += [f"  - {fact}" for fact in result.facts]
-    lines += ["", "## The run", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in conditions.items()]
+    for number, conditions in enumerate(runs):
+        names = [result.name for result in results if result.run == number]
+        title = "## The run" if len(runs) == 1 else f"## Run {number + 1}: {of_all(names, results)}"
+        lines += ["", title, "", "| | |", "| --- | --- |"]
+        lines += [f"| {name} | {value} |" for name, value in conditions.items()]
     return "\n".join(lines) + "\n"
+
+
+def of_all(names: list[str], results: list[Result]) -> str:
+    """Say which scenarios a run's are: the few, or the others."""
+    return ", ".join(names) if len(names) <= len(results) / 2 else "the others"
 
 
 def row(result: Result) -> str:

@@ -34,6 +34,8 @@ class Result:
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    # Which of the runs that a report is made of.
+    run: int = 0
 
     def expect(self, is_so: bool, otherwise: str) -> None:
         if not is_so:
