@@ -1,16 +1,29 @@
-"""The pages of the admin, with as many rows as a season leaves behind."""
+"""The pages that people look at: the shop in a browser, the admin after a season."""
 
 import http.client
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from playwright.sync_api import Browser, sync_playwright
+
 from benchmarks.data import sell
+from benchmarks.load import GeneratorError
 from benchmarks.results import Goal, Result, Run
 from benchmarks.runs import FIRST_USER, Bench
 from benchmarks.stack import Hot, WebServer
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# When the page's scripts, which wait for the whole document, have run.
+INTERACTIVE = "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
 PURCHASES = {False: 100_000, True: 10_000}  # by whether it must be quick
 LOOKS = 5
 LISTS = (
@@ -20,6 +33,49 @@ LISTS = (
     "realtime_event",
     "users_user",
 )
+
+
+def shop(bench: Bench) -> Result:
+    (hot, *_) = bench.stack.fresh(6)
+    slowest: list[float] = []
+
+    def run() -> Run:
+        if CHROMIUM is None:
+            raise GeneratorError("The shop is looked at in chromium: apt-get install chromium.")
+        # With DEBUG the server has the static files without a collectstatic.
+        with bench.stack.web(DEBUG="true") as web, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+            site = f"http://127.0.0.1:{web.port}"
+            medians = [open_newly(browser, site + path) for path in ("/", f"/drops/{hot.drop_id}")]
+            browser.close()
+        slowest.append(max(medians))
+        return Run(p50_ms=statistics.median(medians), p99_ms=slowest[-1])
+
+    rows = bench.take_turns("shop", {"uvicorn": run})
+    return Result(
+        name="shop",
+        title="Pages of the shop",
+        method=(
+            "The list of six drops and the page of one, in chromium with an empty cache, on one "
+            "uvicorn process. From the beginning of the navigation until the page's scripts have "
+            f"run; of each page the median of {LOOKS} visits. p99 is the slower page."
+        ),
+        rows=rows,
+        goals=[Goal("the slower page is interactive", slowest, "at most", 1000, unit=" ms")],
+        problems=bench.take_problems(),
+    )
+
+
+def open_newly(browser: Browser, url: str) -> float:
+    """Return after how many ms the page was interactive: the median of visits by newcomers."""
+    times = []
+    for _ in range(LOOKS):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        times.append(float(page.evaluate(INTERACTIVE)))
+        context.close()
+    return statistics.median(times)
 
 
 def admin(bench: Bench) -> Result:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 
 from benchmarks.client import Report, percentile
-from benchmarks.pages import PURCHASES, admin
+from benchmarks.pages import PURCHASES, admin, shop
 from benchmarks.results import Goal, Result, Run, ratios
 from benchmarks.runs import (
     FIRST_USER,
@@ -397,6 +397,7 @@ SCENARIOS: dict[str, Callable[[Bench], Result]] = {
     "expiry": expiry,
     "million": million,
     **SOCKET_SCENARIOS,
+    "shop": shop,
     "admin": admin,
 }
 
