@@ -7,3 +7,6 @@ class ConfigConfig(AppConfig):
     def ready(self) -> None:
         # Registers its checks.
         from config import checks  # noqa: F401
+        from config.database import retry_soon
+
+        retry_soon()
