@@ -13,7 +13,7 @@ from benchmarks.data import sell
 from benchmarks.load import GeneratorError
 from benchmarks.results import Goal, Result, Run
 from benchmarks.runs import FIRST_USER, Bench
-from benchmarks.stack import Hot, WebServer
+from benchmarks.stack import WebServer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CHROMIUM_OPTIONS = [
@@ -83,13 +83,16 @@ def admin(bench: Bench) -> Result:
     (hot,) = bench.stack.fresh()
     sell(bench.stack, hot, FIRST_USER, purchases)
     bench.stack.execute("VACUUM ANALYZE")
-    cookie = staff_cookie()
+    from users.models import User
+
+    cookie = f"sessionid={session_of(User.objects.create_superuser('benchmarks'))}"
+    pages = dict(pages_of(hot.drop_id, search=f"user_{FIRST_USER}", page=90))
     slowest: list[float] = []
-    by_page: dict[str, list[float]] = {name: [] for name, _ in pages_of(hot)}
+    by_page: dict[str, list[float]] = {name: [] for name in pages}
 
     def run() -> Run:
         with bench.stack.web() as web:
-            medians = {name: look(bench, web, url, cookie) for name, url in pages_of(hot)}
+            medians = {name: look(bench, web, url, cookie) for name, url in pages.items()}
         for name, median in medians.items():
             by_page[name].append(median)
         slowest.append(max(medians.values()))
@@ -114,34 +117,30 @@ def admin(bench: Bench) -> Result:
     )
 
 
-def pages_of(hot: Hot) -> Iterator[tuple[str, str]]:
+def pages_of(drop_id: object, search: str, page: int) -> Iterator[tuple[str, str]]:
     """Return what is looked at: its name, and its address."""
     from django.urls import reverse
 
     yield "dashboard", reverse("admin:index")
     yield "its figures", reverse("admin:figures")
-    yield "drop", reverse("admin:drops_drop_change", args=[hot.drop_id])
-    yield "timeline", reverse("admin:drops_drop_timeline", args=[hot.drop_id])
+    yield "drop", reverse("admin:drops_drop_change", args=[drop_id])
+    yield "timeline", reverse("admin:drops_drop_timeline", args=[drop_id])
     for name in LISTS:
         yield name.partition("_")[2] + "s", reverse(f"admin:{name}_changelist")
     for name in ("reservations_reservation", "purchases_purchase"):
         title, address = name.partition("_")[2] + "s", f"admin:{name}_changelist"
-        yield f"{title} of a user", reverse(address, query={"q": f"user_{FIRST_USER}"})
-        far_behind = {"drop__id__exact": hot.drop_id, "p": 90}
-        yield f"page 90 of {title}", reverse(address, query=far_behind)
+        yield f"{title} of a user", reverse(address, query={"q": search})
+        far_behind = {"drop__id__exact": drop_id, "p": page}
+        yield f"page {page} of {title}", reverse(address, query=far_behind)
 
 
-def staff_cookie() -> str:
-    """Sign a superuser in, and return the cookie of the session."""
-    from django.conf import settings
+def session_of(user: Any) -> str:
+    """Return the key of a new session in which ``user`` is signed in."""
     from django.test import Client
 
-    from users.models import User
-
     client: Any = Client()
-    client.force_login(User.objects.create_superuser("benchmarks"))
-    name = settings.SESSION_COOKIE_NAME
-    return f"{name}={client.cookies[name].value}"
+    client.force_login(user)
+    return str(client.cookies["sessionid"].value)
 
 
 def look(bench: Bench, web: WebServer, url: str, cookie: str) -> float:

@@ -65,12 +65,12 @@ class Encoded:
 class Page:
     """One remembered answer: a list, or a single drop."""
 
-    data: dict[str, Any] = field(default_factory=dict)
+    is_known: bool = False
     drops: list[dict[str, Any]] = field(default_factory=list)
     # Of each drop, or None: one changes often, and the others need not be encoded with it.
     encoded: list[Encoded | None] = field(default_factory=list)
+    # Of a list, what stands around the drops.
     frame: Encoded | None = None
-    is_list: bool = True
     read_at: float = float("-inf")
     loading: asyncio.Task | None = None
     # Events that came while the page was being read, to be folded into what was read.
@@ -80,11 +80,11 @@ class Page:
     etag: str = ""
 
     def replace(self, data: dict[str, Any]) -> None:
-        self.is_list = "results" in data
-        self.data = data
-        self.drops = data["results"] if self.is_list else [data]
+        is_list = "results" in data
+        self.is_known = True
+        self.drops = data["results"] if is_list else [data]
         self.encoded = [None] * len(self.drops)
-        self.frame = Encoded(data | {"results": []}) if self.is_list else None
+        self.frame = Encoded(data | {"results": []}) if is_list else None
         self.answer = None
         for drop_id, events in self.meanwhile:
             self.fold(drop_id, events)
@@ -104,7 +104,7 @@ class Page:
                 self.answer = None
                 if not events:
                     self.read_at = float("-inf")
-        if self.is_list and any(changes_membership(event_type) for _, event_type, _ in events):
+        if self.frame and any(changes_membership(event_type) for _, event_type, _ in events):
             self.read_at = float("-inf")
 
     def encode(self) -> HotAnswer:
@@ -191,7 +191,7 @@ class DropReads:
             # What was being read already may be older than a change of which this client
             # knows; what is read after that can't be.
             await asyncio.shield(page.loading)
-            if not page.data:
+            if not page.is_known:
                 # An error, of which the viewset says more; it isn't remembered.
                 raise FallThrough
         with self._lock:
@@ -234,7 +234,7 @@ class DropReads:
                 page.loading = None
                 if data is None:
                     page.meanwhile = []
-                    page.data = {}
+                    page.is_known = False
                     self._pages.pop(key, None)
                 else:
                     page.read_at = started

@@ -25,6 +25,14 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
         return list(pool.map(run, calls))
 
 
+def plain_parameters() -> dict[str, Any]:
+    """Return what psycopg needs to connect where Django does, past its pool and its settings."""
+    parameters = connection.get_connection_params()
+    for name in ("pool", "cursor_factory", "context", "server_side_binding", "options"):
+        parameters.pop(name, None)
+    return parameters
+
+
 @contextmanager
 def blocked(call: Callable[[], Any]) -> Iterator[None]:
     """Run ``call`` in a thread; enter once it waits for a lock, leave once it has returned.

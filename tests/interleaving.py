@@ -38,6 +38,7 @@ from reservations.asgi import settle_reserves
 from reservations.models import Reservation
 from reservations.services import Claim, expire_due, release, reserve
 from tests.clock import Clock, stopped_clock
+from tests.concurrency import plain_parameters
 from users.idempotency import Answer, make_key
 from users.identity import Identity
 from users.models import User
@@ -164,10 +165,7 @@ class Stage:
         self.actors = [Actor(self.changed) for _ in range(actors)]
 
     def __enter__(self) -> "Stage":
-        parameters = connection.get_connection_params()
-        for name in ("pool", "cursor_factory", "context", "server_side_binding", "options"):
-            parameters.pop(name, None)
-        self.watcher = psycopg.connect(**parameters, autocommit=True)
+        self.watcher = psycopg.connect(**plain_parameters(), autocommit=True)
         for actor in self.actors:
             actor.start()
         self._wait(lambda: all(actor.state == "idle" for actor in self.actors))

@@ -4,15 +4,14 @@ import time
 
 import psycopg
 import pytest
-from django.db import connection
 from psycopg_pool import ConnectionPool
+
+from tests.concurrency import plain_parameters
 
 
 @pytest.mark.django_db(transaction=True)
 def test_who_is_given_one_dead_connection_after_the_other_hardly_waits():
-    parameters = connection.get_connection_params()
-    for name in ("pool", "cursor_factory", "context", "server_side_binding", "options"):
-        parameters.pop(name, None)
+    parameters = plain_parameters()
     with (
         psycopg.connect(**parameters, autocommit=True) as other,
         ConnectionPool(

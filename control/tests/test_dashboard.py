@@ -7,6 +7,7 @@ from django.db import connection
 from django.urls import reverse
 from django.utils import timezone
 
+from benchmarks.pages import pages_of
 from control.dashboard import figures
 from drops.models import Drop
 from drops.tests.factories import DropFactory
@@ -78,15 +79,6 @@ def test_admin_pages_have_a_policy_of_their_own(admin_client, client):
         assert "'unsafe-inline'" not in policy.partition("script-src")[2].partition(";")[0]
 
 
-LISTS = [
-    "drops_drop",
-    "reservations_reservation",
-    "purchases_purchase",
-    "realtime_event",
-    "users_user",
-]
-
-
 @pytest.fixture
 def crowd(db):
     """A drop of which 100,000 units were bought, one by one, by a hundred users."""
@@ -128,18 +120,6 @@ def crowd(db):
     return drop
 
 
-def pages_of(drop):
-    yield reverse("admin:index")
-    yield reverse("admin:figures")
-    yield reverse("admin:drops_drop_change", args=[drop.pk])
-    yield reverse("admin:drops_drop_timeline", args=[drop.pk])
-    for name in LISTS:
-        yield reverse(f"admin:{name}_changelist")
-    for name in ("reservations_reservation", "purchases_purchase"):
-        yield reverse(f"admin:{name}_changelist", query={"q": "shopper"})
-        yield reverse(f"admin:{name}_changelist", query={"drop__id__exact": drop.pk, "p": 900})
-
-
 @pytest.mark.slow
 def test_pages_take_the_same_statements_for_one_purchase_and_100_000(admin_client, request):
     few = PurchaseFactory().drop
@@ -147,7 +127,7 @@ def test_pages_take_the_same_statements_for_one_purchase_and_100_000(admin_clien
 
     def counts(drop):
         made = {}
-        for url in pages_of(drop):
+        for _, url in pages_of(drop.pk, search="shopper", page=900):
             with statements() as made[url.replace(str(drop.pk), "")]:
                 assert admin_client.get(url).status_code == 200
         return {url: len(sql) for url, sql in made.items()}

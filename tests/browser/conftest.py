@@ -3,17 +3,16 @@
 Nothing is downloaded. Without chromium the tests here are skipped, and say so.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.management import call_command
-from django.test import Client
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, sync_playwright
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from benchmarks.pages import CHROMIUM, CHROMIUM_OPTIONS, session_of
+
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
@@ -32,15 +31,7 @@ def browser(monkeypatch, tmp_path) -> Iterator[Browser]:
         pytest.skip("browser tests need chromium (on Debian: apt-get install chromium)")
     monkeypatch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "true")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-            ],
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
 
@@ -90,13 +81,6 @@ def open_page(browser, site) -> Iterator[Callable[..., Page]]:
 
     yield open_page
     assert complaints == []
-
-
-def session_of(user: Any) -> str:
-    """Return the key of a new session in which ``user`` is signed in."""
-    client = Client()
-    client.force_login(user)
-    return client.cookies["sessionid"].value
 
 
 @pytest.fixture
