@@ -40,6 +40,27 @@ def resident_mb(pid: int) -> float:
     return pages * PAGE_BYTES / 2**20
 
 
+class Stolen:
+    """What other machines on the same hardware took of the CPU, from this object's start on."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    @property
+    def percent(self) -> float:
+        """Of the time in which a process of this machine wanted to run."""
+        user, nice, system, _, _, irq, softirq, stolen = (
+            now - before for now, before in zip(self._read(), self._before, strict=True)
+        )
+        wanted = user + nice + system + irq + softirq + stolen
+        return 100 * stolen / max(1, wanted)
+
+    @staticmethod
+    def _read() -> list[int]:
+        """Source: https://man7.org/linux/man-pages/man5/proc_stat.5.html"""
+        return [int(ticks) for ticks in Path("/proc/stat").read_text().split()[1:9]]
+
+
 def wait_until_idle(pid: int) -> None:
     """Return when the processes have had nothing to do for a moment: they have started."""
     deadline = time.monotonic() + LONGEST_WAIT_SECONDS

@@ -37,6 +37,8 @@ repeat by repeat; what counts is the median, and the smallest and largest stand 
   ours that counts from the moment at which a request was due, so a stall of the server shows.
 - CPU is user and system time by `/proc`, of the web server with all its workers, and of PostgreSQL
   with all its backends, per success. Memory is the web server's resident memory after the run.
+- Stolen is what the hypervisor gave to other machines of the CPU time that was wanted during a run,
+  start and warm-up included. With a third of it stolen, times are no property of the software.
 - After each run the stock audit (`manage.py audit_stock`) must find nothing, all answers must have
   the expected status, and the tables must hold as many rows as were confirmed.
 """
@@ -139,6 +141,7 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
     "web CPU ms": lambda run: run.web_cpu_ms,
     "PostgreSQL CPU ms": lambda run: run.postgres_cpu_ms,
     "web MB": lambda run: run.web_mb,
+    "stolen %": lambda run: run.stolen_percent,
 }
 
 

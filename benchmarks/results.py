@@ -18,6 +18,8 @@ class Run:
     web_cpu_ms: float | None = None
     postgres_cpu_ms: float | None = None
     web_mb: float | None = None
+    # Of the CPU time that this machine wanted meanwhile, what its neighbours got instead.
+    stolen_percent: float | None = None
 
 
 @dataclass(frozen=True)

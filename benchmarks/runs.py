@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.client import Plan, Report, percentile
 from benchmarks.data import held, hold, sell, wait_until_expired
@@ -24,7 +24,7 @@ from benchmarks.load import (
     run_wrk,
     start_wrk,
 )
-from benchmarks.processes import resident_mb
+from benchmarks.processes import Stolen, resident_mb
 from benchmarks.results import Run
 from benchmarks.stack import NOOP, Hot, Stack, Usage, WebServer
 
@@ -33,6 +33,8 @@ WARM_UP_SECONDS = 1
 SETTLE_SECONDS = 0.3
 # The first user of a measurement; those before are for the warm-up.
 FIRST_USER = 50_001
+# What a no-op is asked for.
+NO_DROP = "00000000-0000-4000-8000-000000000000"
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Bench:
         for repeat in range(self.repeats):
             order = list(steps) if repeat % 2 == 0 else list(reversed(steps))
             for step in order:
-                rows[step].append(run := steps[step]())
+                stolen = Stolen()
+                run = replace(steps[step](), stolen_percent=stolen.percent)
+                rows[step].append(run)
                 self.say(f"{name} {repeat + 1}/{self.repeats}  {step}: {summary(run)}")
         return rows
 
@@ -151,7 +155,7 @@ def noop_run(
     bench: Bench, of: str, server: str = "uvicorn", status: int = 201, script: str = "reserve"
 ) -> Run:
     size = bench.body_bytes[of]
-    arguments = [1, "00000000-0000-4000-8000-000000000000"] if script == "reserve" else []
+    arguments = [1, NO_DROP] if script == "reserve" else []
     stack = bench.stack
     with stack.web(server, application=NOOP, BENCH_STATUS=status, BENCH_BYTES=size) as web:
         run_wrk(web.port, script, WARM_UP_SECONDS, *arguments)
@@ -255,18 +259,29 @@ def list_run(bench: Bench, drops: int, purchases: int, rate: int, background: li
 def open_loop_run(bench: Bench, rate: float) -> Run:
     hot = bench.stack.fresh()
     with warm_web(bench, hot) as web:
-        plan = Plan(
-            web.port,
-            f"/api/drops/{hot[0].drop_id}/reserve",
-            first_user=FIRST_USER,
-            count=round(rate * bench.seconds),
-            interval_seconds=1 / rate,
-        )
-        usage = Usage(bench.stack, web)
-        report = run_client(plan)
-        run = client_figures(report, usage)
+        return _open_loop(bench, web, hot[0].drop_id, rate)
+
+
+def noop_open_loop_run(bench: Bench, rate: float) -> Run:
+    size = bench.body_bytes["reserve"]
+    with bench.stack.web(application=NOOP, BENCH_STATUS=201, BENCH_BYTES=size) as web:
+        run_wrk(web.port, "reserve", WARM_UP_SECONDS, 1, NO_DROP)
+        time.sleep(SETTLE_SECONDS)
+        return _open_loop(bench, web, NO_DROP, rate)
+
+
+def _open_loop(bench: Bench, web: WebServer, drop_id: str, rate: float) -> Run:
+    plan = Plan(
+        web.port,
+        f"/api/drops/{drop_id}/reserve",
+        first_user=FIRST_USER,
+        count=round(rate * bench.seconds),
+        interval_seconds=1 / rate,
+    )
+    usage = Usage(bench.stack, web)
+    report = run_client(plan)
     check_report(bench, report, "201")
-    return run
+    return client_figures(report, usage)
 
 
 def herd_run(

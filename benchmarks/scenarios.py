@@ -18,6 +18,7 @@ from benchmarks.runs import (
     herd_run,
     list_run,
     million_run,
+    noop_open_loop_run,
     noop_run,
     open_loop_run,
     pairs_run,
@@ -242,6 +243,7 @@ def open_loop(bench: Bench) -> Result:
             "closed loop: the ceiling": ceiling,
             # In backward repeats the ceiling of the repeat before is the newest.
             "open loop at half of it": lambda: open_loop_run(bench, rates[-1] / 2),
+            "H0: no-op, the same open loop": lambda: noop_open_loop_run(bench, rates[-1] / 2),
         },
     )
     p99 = [run.p99_ms or math.nan for run in rows["open loop at half of it"]]
@@ -250,7 +252,8 @@ def open_loop(bench: Bench) -> Result:
         title="Latency at half the ceiling",
         method=(
             "Reserves on one drop at half the rate of the closed loop just before, evenly "
-            "spaced, over 128 connections; latency counts from the moment a request was due."
+            "spaced, over 128 connections; latency counts from the moment a request was due. H0's "
+            "says how late the machine itself is: it does nothing."
         ),
         rows=rows,
         goals=[Goal("p99", p99, "at most", 25, 12, " ms")],

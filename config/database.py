@@ -1,5 +1,8 @@
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import psycopg_pool.base
 from django.db import connection
@@ -19,6 +22,28 @@ def read_clock() -> datetime:
     with connection.cursor() as cursor:
         cursor.execute("SELECT clock_timestamp()")
         return cursor.fetchone()[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An INSERT or UPDATE without RETURNING and without WITH, and its parameters."""
+
+    sql: str
+    parameters: Sequence[Any]
+
+
+def execute_together(statements: Sequence[Statement]) -> None:
+    """Run statements that write different rows as one, in one round trip.
+
+    None sees what another writes, and all are done or none; which is first is undefined.
+    """
+    if not statements:
+        return
+    *others, last = statements
+    parts = [f"write_{number} AS ({other.sql})" for number, other in enumerate(others)]
+    sql = f"WITH {', '.join(parts)} {last.sql}" if parts else last.sql
+    with connection.cursor() as cursor:
+        cursor.execute(sql, [value for one in statements for value in one.parameters])
 
 
 def retry_soon() -> None:

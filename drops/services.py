@@ -6,7 +6,7 @@ several of one kind by primary key.
 """
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
@@ -17,14 +17,14 @@ from django.db import OperationalError, connection, transaction
 from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import ErrorDetail, ValidationError
 
-from config.database import read_clock
+from config.database import Statement, execute_together, read_clock
 from config.serializers import LARGEST_INTEGER
 from drops.currencies import DECIMALS
 from drops.exceptions import StockCommitted
 from drops.models import FOLLOWS_END, Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropSerializer
 from realtime.models import EventType
-from realtime.services import NewEvent, append_events
+from realtime.services import NewEvent, insert_events, publish_on_commit
 from users.models import User
 
 # A published drop can't become a draft again, and a cancelled or ended one stays so:
@@ -137,27 +137,53 @@ class LockedDrop:
         self.drop.latest_purchasers = self._feed = feed
 
     def save(self, now: datetime) -> None:
-        """Write the moved stock, the feed, the sequence and the events: two statements."""
+        """Write the moved stock, the feed, the sequence and the events."""
         save_drops([self], now)
 
 
-def save_drops(locked_drops: Iterable[LockedDrop], now: datetime) -> None:
-    """Write what has changed of several drops, in two statements for all of them."""
+def save_drops(
+    locked_drops: Iterable[LockedDrop], now: datetime, beside: Sequence[Statement] = ()
+) -> None:
+    """Write what has changed of several drops, and ``beside``, in one statement.
+
+    Two, when an event tells the whole drop: it is read from what the first has written.
+    """
     changed = [locked for locked in locked_drops if locked._moves or locked._events]
-    if not changed:
-        return
-    _write_stock(changed)
+    writes = [*beside, *_stock_updates(changed)]
     for locked in changed:
         for event in locked._events:
             if "drop" in event.data:
+                execute_together(writes)
+                writes = []
                 event.data["drop"] = drop_payload(locked.drop, now) | {"seq": event.seq}
-    append_events({locked.drop.pk: locked._events for locked in changed}, now)
+    events = {locked.drop.pk: locked._events for locked in changed if locked._events}
+    if events:
+        writes.append(insert_events(events, now))
+        publish_on_commit(events, now)
+    execute_together(writes)
 
 
-def _write_stock(changed: Sequence[LockedDrop]) -> None:
+def _stock_updates(changed: Sequence[LockedDrop]) -> Iterator[Statement]:
+    """Return how to store what moved, and each drop's feed and sequence.
+
+    Relative, so that the check constraints would stop a move made without the lock.
+    """
     moves = [
         (variant_id, *moved) for locked in changed for variant_id, moved in locked._moves.items()
     ]
+    if moves:
+        yield Statement(
+            """
+            UPDATE drops_variant v
+            SET available_stock = v.available_stock + m.available,
+                sold_stock = v.sold_stock + m.sold,
+                total_stock = v.total_stock + m.total
+            FROM unnest(%b::uuid[], %b::int[], %b::int[], %b::int[])
+                AS m(id, available, sold, total)
+            WHERE v.id = m.id
+            """,
+            columns(moves, 4),
+        )
     totals = [
         (
             locked.drop.pk,
@@ -167,21 +193,9 @@ def _write_stock(changed: Sequence[LockedDrop]) -> None:
         )
         for locked in changed
     ]
-    # Relative, so that the check constraints would stop a move made without the lock.
-    with connection.cursor() as cursor:
-        cursor.execute(
+    if totals:
+        yield Statement(
             """
-            WITH moved AS (
-                SELECT * FROM unnest(%b::uuid[], %b::int[], %b::int[], %b::int[])
-                    AS m(id, available, sold, total)
-            ), variants AS (
-                UPDATE drops_variant v
-                SET available_stock = v.available_stock + m.available,
-                    sold_stock = v.sold_stock + m.sold,
-                    total_stock = v.total_stock + m.total
-                FROM moved m
-                WHERE v.id = m.id
-            )
             UPDATE drops_drop d
             SET available_stock = d.available_stock + c.available,
                 sold_stock = d.sold_stock + c.sold,
@@ -192,7 +206,7 @@ def _write_stock(changed: Sequence[LockedDrop]) -> None:
                 AS c(id, available, sold, total, events, feed)
             WHERE d.id = c.id
             """,
-            [*columns(moves, 4), *columns(totals, 6)],
+            columns(totals, 6),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from django.db import connection, transaction
 from rest_framework.exceptions import APIException
 
-from config.database import read_clock
+from config.database import Statement, read_clock
 from config.ids import new_id
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, StockAdjustment
@@ -90,8 +90,7 @@ def purchase_on_drops(
                 # The last held unit was sold: what was "may come back" is now "sold out".
                 locked.record_stock()
     if bought:
-        store(bought)
-        save_drops(locked_drops.values(), bought[0].created_at)
+        save_drops(locked_drops.values(), bought[0].created_at, insert_purchases(bought))
         ages = [(sold.created_at - sold.reservation.created_at).total_seconds() for sold in bought]
         transaction.on_commit(partial(metrics.hold_age_seconds.of("purchase").observe_all, ages))
     return outcomes
@@ -222,16 +221,14 @@ def sell(locked: LockedDrop, reservation: Reservation, *, number: int) -> Purcha
     return purchase
 
 
-def store(purchases: Sequence[Purchase]) -> None:
-    """Write the purchases, and that their reservations are consumed."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])
-            """,
+def insert_purchases(purchases: Sequence[Purchase]) -> list[Statement]:
+    """Return how to store the purchases, and that their reservations are consumed."""
+    return [
+        Statement(
+            "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])",
             [ReservationStatus.CONSUMED, [purchase.reservation_id for purchase in purchases]],
-        )
-        cursor.execute(
+        ),
+        Statement(
             """
             INSERT INTO purchases_purchase
                 (status, id, reservation_id, drop_id, variant_id, user_id, quantity,
@@ -252,7 +249,8 @@ def store(purchases: Sequence[Purchase]) -> None:
                 [purchase.currency for purchase in purchases],
                 [purchase.created_at for purchase in purchases],
             ],
-        )
+        ),
+    ]
 
 
 @transaction.atomic

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from django.db import connection, transaction
 
+from config.database import Statement
 from realtime.models import EventType
 from realtime.publisher import publish
 
@@ -23,29 +24,27 @@ class NewEvent:
     data: dict[str, Any]
 
 
-def append_events(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime) -> None:
-    """Store the events of drops whose rows the caller has locked; publish them on commit."""
+def insert_events(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime) -> Statement:
+    """Return how to store the events of drops whose rows the caller has locked."""
     rows = [
         {"drop_id": drop_id, "seq": event.seq, "type": event.type, "data": event.data}
         for drop_id, its_events in events.items()
         for event in its_events
     ]
-    if not rows:
-        return
-    with connection.cursor() as cursor:
-        # A plain statement, because the ORM takes longer to compose one than to run it; one
-        # parameter, because an array of JSON texts is escaped twice.
-        cursor.execute(
-            """
-            INSERT INTO realtime_event (created_at, drop_id, seq, type, data)
-            SELECT %s, event.*
-            FROM jsonb_to_recordset(%s::jsonb)
-                AS event(drop_id uuid, seq bigint, type text, data jsonb)
-            """,
-            [now, orjson.dumps(rows, default=str).decode()],
-        )
-    told = {drop_id: its_events for drop_id, its_events in events.items() if its_events}
-    transaction.on_commit(partial(publish, told, now))
+    # One parameter, because an array of JSON texts is escaped twice.
+    return Statement(
+        """
+        INSERT INTO realtime_event (created_at, drop_id, seq, type, data)
+        SELECT %s, event.*
+        FROM jsonb_to_recordset(%s::jsonb)
+            AS event(drop_id uuid, seq bigint, type text, data jsonb)
+        """,
+        [now, orjson.dumps(rows, default=str).decode()],
+    )
+
+
+def publish_on_commit(events: Mapping[uuid.UUID, Sequence[NewEvent]], now: datetime) -> None:
+    transaction.on_commit(partial(publish, events, now))
 
 
 def prune_events(hours: float, limit: int) -> int:

@@ -25,7 +25,7 @@ from django.db.models.functions import Now
 from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import APIException, ErrorDetail, ValidationError
 
-from config.database import ClockTimestamp, read_clock
+from config.database import ClockTimestamp, Statement, read_clock
 from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
@@ -141,11 +141,11 @@ def reserve_on_drops(
         pk: [settlement.settle(claim) for claim in claims[pk]]
         for pk, settlement in settlements.items()
     }
-    insert_reservations([settlement.new for settlement in settlements.values() if settlement.new])
     for locked in locked_drops.values():
         if locked.has_moved:
             locked.record_stock()
-    save_drops(locked_drops.values(), now)
+    new = [settlement.new for settlement in settlements.values() if settlement.new]
+    save_drops(locked_drops.values(), now, [insert_reservations(new)] if new else [])
     return outcomes
 
 
@@ -281,44 +281,41 @@ class Settlement:
         return shortage_of(variant, min(filter(None, deadlines), default=None))
 
 
-def insert_reservations(new: Sequence[Sequence[Reservation]]) -> None:
-    """Store new holds, a list per drop, all made at the same moment, in one statement.
+def insert_reservations(new: Sequence[Sequence[Reservation]]) -> Statement:
+    """Return how to store new holds, a list per drop, all made at the same moment.
 
     ``bulk_create`` spends 40 µs of Python on each row, which is most of what a claim costs;
     what the holds of a drop have in common is sent once here. See docs/adr/0003.
     """
-    if not new:
-        return
     holds = [(number, hold) for number, of_drop in enumerate(new, 1) for hold in of_drop]
     firsts = [of_drop[0] for of_drop in new]
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            INSERT INTO reservations_reservation
-                (id, user_id, variant_id, quantity,
-                 drop_id, unit_price, currency, expires_at, status, created_at)
-            SELECT hold.id, hold.user_id, hold.variant_id, hold.quantity,
-                   common.drop_id, common.unit_price, common.currency, common.expires_at, %s, %s
-            FROM unnest(%b::int[], %b::uuid[], %b::uuid[], %b::uuid[], %b::int[])
-                AS hold(number, id, user_id, variant_id, quantity)
-            JOIN unnest(%b::uuid[], %s::numeric[], %s::text[], %s::timestamptz[])
-                WITH ORDINALITY AS common(drop_id, unit_price, currency, expires_at, number)
-                USING (number)
-            """,
-            [
-                firsts[0].status,
-                firsts[0].created_at,
-                [number for number, _ in holds],
-                [hold.id for _, hold in holds],
-                [hold.user_id for _, hold in holds],
-                [hold.variant_id for _, hold in holds],
-                [hold.quantity for _, hold in holds],
-                [first.drop_id for first in firsts],
-                [first.unit_price for first in firsts],
-                [first.currency for first in firsts],
-                [first.expires_at for first in firsts],
-            ],
-        )
+    return Statement(
+        """
+        INSERT INTO reservations_reservation
+            (id, user_id, variant_id, quantity,
+             drop_id, unit_price, currency, expires_at, status, created_at)
+        SELECT hold.id, hold.user_id, hold.variant_id, hold.quantity,
+               common.drop_id, common.unit_price, common.currency, common.expires_at, %s, %s
+        FROM unnest(%b::int[], %b::uuid[], %b::uuid[], %b::uuid[], %b::int[])
+            AS hold(number, id, user_id, variant_id, quantity)
+        JOIN unnest(%b::uuid[], %s::numeric[], %s::text[], %s::timestamptz[])
+            WITH ORDINALITY AS common(drop_id, unit_price, currency, expires_at, number)
+            USING (number)
+        """,
+        [
+            firsts[0].status,
+            firsts[0].created_at,
+            [number for number, _ in holds],
+            [hold.id for _, hold in holds],
+            [hold.user_id for _, hold in holds],
+            [hold.variant_id for _, hold in holds],
+            [hold.quantity for _, hold in holds],
+            [first.drop_id for first in firsts],
+            [first.unit_price for first in firsts],
+            [first.currency for first in firsts],
+            [first.expires_at for first in firsts],
+        ],
+    )
 
 
 def next_release_at(drop: Drop) -> datetime | None:

@@ -128,4 +128,4 @@ def wait_or_give_up(barrier: threading.Barrier, seconds: float) -> None:
 
 
 def is_write(sql: str) -> bool:
-    return sql.lstrip().startswith(("INSERT", "UPDATE", "WITH moved"))
+    return sql.lstrip().startswith(("INSERT", "UPDATE", "WITH write_0"))
