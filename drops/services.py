@@ -149,7 +149,7 @@ def save_drops(
     Two, when an event tells the whole drop: it is read from what the first has written.
     """
     changed = [locked for locked in locked_drops if locked._moves or locked._events]
-    writes = [*beside, *_stock_updates(changed)]
+    writes = list(_stock_updates(changed))
     for locked in changed:
         for event in locked._events:
             if "drop" in event.data:
@@ -160,7 +160,9 @@ def save_drops(
     if events:
         writes.append(insert_events(events, now))
         publish_on_commit(events, now)
-    execute_together(writes)
+    # Last, because PostgreSQL begins with the last: rows are changed in the same order as by
+    # those who change a reservation first and save then. (Locked they are already.)
+    execute_together([*writes, *beside])
 
 
 def _stock_updates(changed: Sequence[LockedDrop]) -> Iterator[Statement]:

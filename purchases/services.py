@@ -225,10 +225,6 @@ def insert_purchases(purchases: Sequence[Purchase]) -> list[Statement]:
     """Return how to store the purchases, and that their reservations are consumed."""
     return [
         Statement(
-            "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])",
-            [ReservationStatus.CONSUMED, [purchase.reservation_id for purchase in purchases]],
-        ),
-        Statement(
             """
             INSERT INTO purchases_purchase
                 (status, id, reservation_id, drop_id, variant_id, user_id, quantity,
@@ -249,6 +245,10 @@ def insert_purchases(purchases: Sequence[Purchase]) -> list[Statement]:
                 [purchase.currency for purchase in purchases],
                 [purchase.created_at for purchase in purchases],
             ],
+        ),
+        Statement(
+            "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])",
+            [ReservationStatus.CONSUMED, [purchase.reservation_id for purchase in purchases]],
         ),
     ]
 
