@@ -29,6 +29,8 @@ from benchmarks.watchers import Report
 CHANGES = {False: 30, True: 10}  # by whether it must be quick
 # Until all that new sockets cost at once is freed, and the hub has looked around.
 SETTLE_SECONDS = 2
+# As often as the hub gives a drop its turn.
+FRAME_SECONDS = 0.05
 
 
 def fanout(bench: Bench) -> Result:
@@ -145,11 +147,13 @@ def socket_load(bench: Bench) -> Result:
     sockets, rate = 3000, 1000
     ages: list[float] = []
     ages_of_two: list[float] = []
+    bare_ages: list[float] = []
     rows = bench.take_turns(
         "sockets-load",
         {
             f"{rate:,} reserves/s": lambda: age_run(bench, sockets, rate, ages),
             "the same, two processes": lambda: age_run(bench, sockets, rate, ages_of_two, 2),
+            "W0: 20 frames/s, no sale": lambda: bare_age_run(bench, sockets, bare_ages),
             "closed loop": lambda: beside_run(bench, sockets),
             "closed loop without sockets": lambda: beside_run(bench, 0),
         },
@@ -175,7 +179,11 @@ def socket_load(bench: Bench) -> Result:
                 "×",
             ),
         ],
-        notes=[f"The age with two processes, median in ms: {show({'p99': ages_of_two})}."],
+        notes=[
+            "The age of the stock shown, median in ms: with two processes "
+            f"{show({'p99': ages_of_two})}; of W0's frames, one each 50 ms while nothing else "
+            f"runs, {show({'p99': bare_ages})}."
+        ],
         problems=bench.take_problems(),
     )
 
@@ -190,6 +198,21 @@ def age_run(bench: Bench, sockets: int, rate: int, ages: list[float], workers: i
     ages.append(seen.age_p99_ms)
     check_stock(bench, seen, hot[0])
     return run
+
+
+def bare_age_run(bench: Bench, sockets: int, ages: list[float]) -> Run:
+    with (
+        bench.stack.broadcast() as (server, control_port),
+        watching(SocketPlan(server.port, "/", sockets)) as clients,
+    ):
+        clients.begin()
+        frames = round(bench.seconds / FRAME_SECONDS)
+        run_client(Plan(control_port, "/1", 1, frames, FRAME_SECONDS, connections=1))
+        wait_until_quiet(server)
+        seen = clients.end()
+    check_sockets(bench, seen, "bare broadcast")
+    ages.append(seen.age_p99_ms)
+    return Run(p50_ms=seen.delay_p50_ms, p99_ms=seen.delay_p99_ms)
 
 
 def beside_run(bench: Bench, sockets: int) -> Run:

@@ -486,10 +486,7 @@ def world() -> Iterator[World]:
             override_settings(CREATE_UNKNOWN_USERS=False, RESERVATION_TTL_SECONDS=TTL_SECONDS)
         )
         # How long a moment is depends on the machine, and orders must be the same everywhere.
-        waits = {
-            (Wait.BRIEFLY, of_one): LOCK_DROPS[Wait.AS_LONG_AS_IT_TAKES, of_one]
-            for of_one in (True, False)
-        }
+        waits = {Wait.BRIEFLY: LOCK_DROPS[Wait.AS_LONG_AS_IT_TAKES]}
         stack.enter_context(patch.dict(LOCK_DROPS, waits))
         clock = stack.enter_context(stopped_clock())
         yield World(stack.enter_context(Stage()), clock)

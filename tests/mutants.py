@@ -179,8 +179,8 @@ MUTANTS = [
             patch.dict,
             LOCK_DROPS,
             {
-                form: query.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop")
-                for form, query in LOCK_DROPS.items()
+                wait: query.replace("UPDATE OF drop, variant", "UPDATE OF variant, drop")
+                for wait, query in LOCK_DROPS.items()
             },
         ),
         test_races.test_the_drop_is_locked_before_its_variants,

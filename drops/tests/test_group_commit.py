@@ -563,9 +563,8 @@ def test_a_lock_that_is_soon_free_is_waited_for_together(group_on_database, monk
     locked, free = DropFactory(total_stock=1), DropFactory(total_stock=1)
     users = UserFactory.create_batch(2)
     # However slow the machine is, this moment is longer.
-    several = Wait.BRIEFLY, False
-    longer = LOCK_DROPS[several].replace(f"{BRIEF_WAIT_MS}ms", "10s")
-    monkeypatch.setitem(LOCK_DROPS, several, longer)
+    longer = LOCK_DROPS[Wait.BRIEFLY].replace(f"{BRIEF_WAIT_MS}ms", "10s")
+    monkeypatch.setitem(LOCK_DROPS, Wait.BRIEFLY, longer)
     batches = []
 
     def settle(batch: dict[uuid.UUID, list[Claim]], *, wait: Wait) -> Any:
