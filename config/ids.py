@@ -10,8 +10,12 @@ def new_id() -> uuid.UUID:
     few of its pages instead of all of them.
     Source: https://www.rfc-editor.org/rfc/rfc9562#name-uuid-version-7
     """
-    random = int.from_bytes(os.urandom(10))
-    value = (time.time_ns() // 1_000_000) << 80 | random
+    return id_at(time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10)))
+
+
+def id_at(milliseconds: int, random: int) -> uuid.UUID:
+    """Return the UUID of that time since 1970, with up to 80 random bits."""
+    value = milliseconds << 80 | random
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0b11 << 62) | 0b10 << 62
     return uuid.UUID(int=value)

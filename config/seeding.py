@@ -10,7 +10,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -26,6 +26,7 @@ from faker import Faker
 from rest_framework.renderers import JSONRenderer
 from rest_framework.serializers import BaseSerializer
 
+from config.ids import id_at
 from control.roles import ROLES
 from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.services import LockedDrop, drop_payload
@@ -37,6 +38,8 @@ from reservations.models import Reservation, ReservationStatus
 from reservations.serializers import ReservationSerializer
 from users.models import IdempotencyKey, User
 
+# The time of seeding as ids tell it: before that of any real row.
+SEEDED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 # What the README's curl lines and ``manage.py up`` name. The demo user has nothing of the
 # demo drop, so reserving it works.
 DEMO_USER_ID = uuid.UUID("00000000-0000-4000-8000-000000000001")
@@ -479,7 +482,7 @@ class DropHistory(LockedDrop):
     Stock and events go through ``LockedDrop``, as they do in the services.
     """
 
-    new_id: Callable[[], uuid.UUID]
+    id_at: Callable[[datetime], uuid.UUID]
     answers_since: datetime
     events: list[Event] = field(default_factory=list)
     purchases: list[Purchase] = field(default_factory=list)
@@ -532,7 +535,7 @@ class DropHistory(LockedDrop):
         availability_before = self.drop.availability
         reservation.read_at = at
         purchase = sell(self, reservation, number=0)
-        purchase.pk = self.new_id()
+        purchase.pk = self.id_at(at)
         reservation.status = ReservationStatus.CONSUMED
         self.purchases.append(purchase)
         self.record_feed()
@@ -623,6 +626,12 @@ class DemoData:
 
     def new_id(self) -> uuid.UUID:
         return new_id(self.random)
+
+    def id_at(self, at: datetime) -> uuid.UUID:
+        """Return an id that sorts by the time, and comes before those of all later rows."""
+        # Not the time itself, which is another each time that the same data is made.
+        as_seeded = SEEDED_AT + (at - self.now)
+        return id_at(round(as_seeded.timestamp() * 1000), self.random.getrandbits(80))
 
     def ago(self, **duration: float) -> datetime:
         return self.now - timedelta(**duration)
@@ -718,7 +727,7 @@ class DemoData:
         return DropHistory(
             drop,
             {variant.pk: variant for variant in variants},
-            new_id=self.new_id,
+            id_at=self.id_at,
             answers_since=self.ago(hours=1),
         )
 
@@ -828,7 +837,7 @@ class DemoData:
         at: datetime,
     ) -> Reservation:
         reservation = Reservation(
-            pk=self.new_id(),
+            pk=self.id_at(at),
             drop=history.drop,
             variant=variant,
             user=user,

@@ -67,6 +67,8 @@ class ClaimAdmin(RowAdmin):
     users and drops first: joined, 100,000 rows would be put together to show fifty.
     """
 
+    # By time, newest first: their ids begin with it (config.ids), and have an index.
+    ordering = ["-pk"]
     # Says to Django that there is a search.
     search_fields = ["pk"]
     id_fields: tuple[str, ...] = ("pk", "drop", "user")

@@ -1,4 +1,5 @@
 import io
+import itertools
 import re
 import uuid
 from collections import Counter
@@ -13,6 +14,7 @@ from django.db import IntegrityError, connection
 from django.db.models import DateTimeField, JSONField, Sum
 from django.utils import timezone
 
+from config.ids import new_id
 from config.seeding import (
     ADMIN_ID,
     CATALOGUE,
@@ -386,6 +388,16 @@ def test_seeding_again_replaces_everything_by_the_same_rows():
 
     assert stored_rows() == first
     assert Event.objects.order_by("pk").first().pk == 1
+
+
+@pytest.mark.parametrize("model", [Reservation, Purchase])
+def test_ids_sort_by_time_and_come_before_those_of_real_rows(db, model):
+    seed()
+
+    times = list(model.objects.order_by("pk").values_list("created_at", flat=True))
+    as_ids_tell = timedelta(milliseconds=1)
+    assert all(later > earlier - as_ids_tell for earlier, later in itertools.pairwise(times))
+    assert model.objects.order_by("-pk").values_list("pk", flat=True)[0] < new_id()
 
 
 def test_a_failure_leaves_the_database_as_it_was(db, monkeypatch):
