@@ -18,6 +18,7 @@ from drops.services import (
     announce_windows,
     create_drop,
     lock_drop,
+    lock_drops,
     update_drop,
 )
 from drops.tests.factories import DropFactory
@@ -444,3 +445,19 @@ def updates_within_the_page() -> int:
         cursor.execute("SELECT pg_stat_force_next_flush()")
         cursor.execute("SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'drops_drop'")
         return cursor.fetchone()[0]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_statement_that_locks_drops_is_planned_once(db, count):
+    drop_ids = [drop.pk for drop in DropFactory.create_batch(count)]
+
+    # psycopg prepares it in the 6th, PostgreSQL keeps a plan from the 6th of those on.
+    for _ in range(15):
+        lock_drops(drop_ids)
+
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT max(generic_plans) FROM pg_prepared_statements WHERE statement LIKE %s",
+            ["%FOR NO KEY UPDATE OF drop, variant%"],
+        )
+        assert cursor.fetchone()[0] > 0
