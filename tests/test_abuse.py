@@ -38,7 +38,7 @@ HUNDRED_MB = 100 * 1024 * 1024
 REQUEST_SECONDS = 3
 # What a process may keep of the memory that the first attack took. Nothing lives in it any more,
 # but Python gives an arena back only when not one old object is left in it.
-KEPT_MB = 60 if IS_FULL else 40
+KEPT_MB = 40
 # The next attack is served from that.
 MORE_KEPT_MB = 15
 ATTACKS = 2 if IS_FULL else 1
