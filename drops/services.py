@@ -112,8 +112,13 @@ class LockedDrop:
 
     def record(self, event_type: EventType, data: dict[str, Any]) -> None:
         """Append an event with the drop's next sequence number."""
-        self.drop.seq += 1
-        self._events.append(NewEvent(self.drop.seq, event_type, data))
+        self.record_all(event_type, [data])
+
+    def record_all(self, event_type: EventType, data: Sequence[dict[str, Any]]) -> None:
+        """Append an event for each of ``data``, in that order."""
+        first = self.drop.seq + 1
+        self._events += [NewEvent(seq, event_type, one) for seq, one in enumerate(data, first)]
+        self.drop.seq += len(data)
 
     def record_stock(self) -> None:
         """Append the stock as it is now; once per transaction, nobody saw it in between."""

@@ -80,8 +80,10 @@ class Spread:
             self._total += value
 
     def observe_all(self, values: Iterable[float]) -> None:
-        for value in values:
-            self.observe(value)
+        with self._lock:
+            for value in values:
+                self._counts[bisect_left(self._bounds, value)] += 1
+                self._total += value
 
     def flush(self) -> None:
         with self._lock:

@@ -13,15 +13,16 @@ from django.conf import settings
 from django.db import OperationalError, connection, transaction
 from django.db.models import (
     Count,
-    FloatField,
+    Field,
     Func,
     Max,
     Min,
     OuterRef,
     Subquery,
+    TextField,
 )
 from django.db.models.base import ModelState
-from django.db.models.functions import Now
+from django.db.models.functions import Cast, Now
 from psycopg.errors import LockNotAvailable
 from rest_framework.exceptions import APIException, ErrorDetail, ValidationError
 
@@ -529,40 +530,47 @@ def expire_overdue(
         # By the deadline alone, as the index has them: thousands may share one.
         .order_by("expires_at")
         .values_list(
-            "pk", "variant_id", "quantity", seconds_of("created_at"), seconds_of("expires_at")
+            Cast("pk", TextField()),
+            "variant_id",
+            "quantity",
+            seconds_of("created_at"),
+            seconds_of("expires_at"),
         )
     )
     own = list(holds.filter(user__in=own_first)) if own_first else []
     others = holds.exclude(pk__in=[pk for pk, *_ in own])[: max(0, limit - len(own))]
     overdue = own + list(others)
-    ids = [pk for pk, *_ in overdue]
-    if ids:
-        at = now.timestamp()
-        ages = [at - created_at for *_, created_at, _ in overdue]
-        delays = [at - expires_at for *_, expires_at in overdue]
-        transaction.on_commit(partial(measure_expired, ages, delays))
-        with connection.cursor() as cursor:
-            # As one array: the ORM sends, and PostgreSQL plans, a parameter per id.
-            cursor.execute(
-                "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%b::uuid[])",
-                [ReservationStatus.EXPIRED, ids],
-            )
-    units: Counter[uuid.UUID] = Counter()
-    for pk, variant_id, quantity, _, _ in overdue:
-        units[variant_id] += quantity
-        locked.record(
-            EventType.RESERVATION_EXPIRED,
-            {"dropId": str(locked.drop.pk), "reservationId": str(pk)},
+    if not overdue:
+        return []
+    ids, variant_ids, quantities, created_at, expires_at = zip(*overdue, strict=True)
+    with connection.cursor() as cursor:
+        # As one text: the ORM sends, and PostgreSQL plans, a parameter per id.
+        cursor.execute(
+            "UPDATE reservations_reservation SET status = %s WHERE id = ANY(%s::uuid[])",
+            [ReservationStatus.EXPIRED, f"{{{','.join(ids)}}}"],
         )
+    at = now.timestamp()
+    ages = [at - one for one in created_at]
+    delays = [at - one for one in expires_at]
+    transaction.on_commit(partial(measure_expired, ages, delays))
+    drop_id = str(locked.drop.pk)
+    locked.record_all(
+        EventType.RESERVATION_EXPIRED,
+        [{"dropId": drop_id, "reservationId": pk} for pk in ids],
+    )
+    units: Counter[uuid.UUID] = Counter()
+    for variant_id, quantity in zip(variant_ids, quantities, strict=True):
+        units[variant_id] += quantity
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
-    return ids
+    return [uuid.UUID(pk) for pk in ids]
 
 
 def seconds_of(column: str) -> Func:
     """Return a time as seconds since 1970: to read two times a hold took a sixth of a sweep."""
     template = "EXTRACT(EPOCH FROM %(expressions)s)::float8"
-    return Func(column, template=template, output_field=FloatField())
+    # A ``FloatField`` would have each number converted to what it is already.
+    return Func(column, template=template, output_field=Field())
 
 
 def measure_expired(ages: Sequence[float], delays: Sequence[float]) -> None:
