@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,10 @@ MAX_EVENTS_PER_MESSAGE = 100
 MAX_WAITING_NEWS = 1000
 SEND_TIMEOUT_SECONDS = 5
 FLUSH_TIMEOUT_SECONDS = 1
+FLUSH_POLL_SECONDS = 0.005
+# The first news after a quiet moment goes out at once, what comes in this time after it in one
+# message: in a sale each message costs its sender and each hub as much as a reservation or two.
+PAUSE_SECONDS = 0.02
 
 
 def publish(events: Mapping[uuid.UUID, Sequence["NewEvent"]], at: datetime) -> None:
@@ -98,31 +104,37 @@ class Publisher(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="event-publisher", daemon=True)
         self._loop = asyncio.new_event_loop()
-        self._waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._is_idle = threading.Event()
+        self._waiting: deque[NewsOfDrop] = deque()
+        # To wake the loop costs, so whoever brings news does so only where it sleeps.
+        self._is_asleep = False
+        self._wake = asyncio.Event()
+        self._is_sending = False
         self._is_failing = False
 
     def put(self, news: Sequence[NewsOfDrop]) -> None:
-        self._is_idle.clear()
-        self._loop.call_soon_threadsafe(self._enqueue, news)
+        for of_drop in news:
+            if len(self._waiting) < MAX_WAITING_NEWS:
+                self._waiting.append(of_drop)
+        if self._is_asleep:
+            self._loop.call_soon_threadsafe(self._wake.set)
 
     def flush(self) -> None:
         """Wait until everything is sent, but not for long."""
-        self._is_idle.wait(FLUSH_TIMEOUT_SECONDS)
+        deadline = time.monotonic() + FLUSH_TIMEOUT_SECONDS
+        while (self._waiting or self._is_sending) and time.monotonic() < deadline:
+            time.sleep(FLUSH_POLL_SECONDS)
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._send_forever())
 
-    def _enqueue(self, news: Sequence[NewsOfDrop]) -> None:
-        for of_drop in news:
-            if self._waiting.qsize() < MAX_WAITING_NEWS:
-                self._waiting.put_nowait(of_drop)
-
     async def _send_forever(self) -> None:
         layer = get_channel_layer()
         while True:
-            news = await self._take_waiting()
+            await self._sleep_until_news()
+            # Before it is taken, so that nobody sees it neither waiting nor being sent.
+            self._is_sending = True
+            news = self._take_waiting()
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
                     await layer.group_send(GROUP, {"type": "drop.events", "news": news})
@@ -130,22 +142,27 @@ class Publisher(threading.Thread):
             except Exception as exc:
                 self._report(exc)
                 # After a failure what waits is old: the hubs have read it from the log.
-                self._drop_waiting()
-            if self._waiting.empty():
-                self._is_idle.set()
+                self._waiting.clear()
+            self._is_sending = False
+            if not self._waiting:
+                await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _take_waiting(self) -> list[dict[str, Any]]:
+    async def _sleep_until_news(self) -> None:
+        # Said first, then looked: what comes in between is seen by one of both.
+        self._is_asleep = True
+        while not self._waiting:
+            await self._wake.wait()
+            self._wake.clear()
+        self._is_asleep = False
+
+    def _take_waiting(self) -> list[NewsOfDrop]:
         """Return what waits by now, in order, for one message: most of its cost is the message."""
-        news = [await self._waiting.get()]
-        events = len(news[0]["events"])
-        while not self._waiting.empty() and events < MAX_EVENTS_PER_MESSAGE:
-            news.append(self._waiting.get_nowait())
+        news: list[NewsOfDrop] = []
+        events = 0
+        while self._waiting and events < MAX_EVENTS_PER_MESSAGE:
+            news.append(self._waiting.popleft())
             events += len(news[-1]["events"])
         return news
-
-    def _drop_waiting(self) -> None:
-        while not self._waiting.empty():
-            self._waiting.get_nowait()
 
     def _report(self, failure: Exception | None) -> None:
         """Log the beginning and the end of an outage, not each message in it."""

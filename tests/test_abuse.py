@@ -164,9 +164,11 @@ def test_honest_users_are_served_and_nothing_is_left_behind(server, tmp_path):
             for reader, _ in refused:
                 assert await start_of_answer(reader) in (b"HTTP/1.1 413", b"")
             assert deleted_temporary_files(server, tmp_path) == []
-            if server.server == "daphne":
-                # Only the hundred sockets within the limit are still there.
-                await eventually(lambda: open_files(server) < files_before + 100 + 20)
+            # Of the sockets only the hundred within the limit are still there, though no client
+            # has answered its close frame. uvicorn leaves slow requests to the proxy before it.
+            others = 0 if server.server == "daphne" else SLOW
+            most = files_before + 100 + others + 20
+            await eventually(lambda: open_files(server) < most, seconds=8)
         await eventually(lambda: open_files(server) <= files_before + 10)
         assert list(tmp_path.iterdir()) == []
         return under_attack
