@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 from django.conf import settings
@@ -18,6 +18,7 @@ from django.db.models import (
     Max,
     Min,
     OuterRef,
+    QuerySet,
     Subquery,
     TextField,
 )
@@ -521,25 +522,10 @@ def expire_overdue(
     Returns:
         The ids of the reservations that expired.
     """
-    holds = (
-        Reservation.objects.overdue(now)
-        .filter(drop=locked.drop)
-        # Whoever holds one of these rows is about to settle it; the drop's lock makes
-        # that impossible within the project, and a foreign lock must not stop the rest.
-        .select_for_update(skip_locked=True, no_key=True)
-        # By the deadline alone, as the index has them: thousands may share one.
-        .order_by("expires_at")
-        .values_list(
-            Cast("pk", TextField()),
-            "variant_id",
-            "quantity",
-            seconds_of("created_at"),
-            seconds_of("expires_at"),
-        )
-    )
+    holds = _active_holds().filter(drop=locked.drop, expires_at__lte=now)
     own = list(holds.filter(user__in=own_first)) if own_first else []
-    others = holds.exclude(pk__in=[pk for pk, *_ in own])[: max(0, limit - len(own))]
-    overdue = own + list(others)
+    others = holds.exclude(pk__in=[pk for pk, *_ in own]) if own else holds
+    overdue = own + list(others[: max(0, limit - len(own))])
     if not overdue:
         return []
     ids, variant_ids, quantities, created_at, expires_at = zip(*overdue, strict=True)
@@ -564,6 +550,26 @@ def expire_overdue(
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
     return [uuid.UUID(pk) for pk in ids]
+
+
+@cache
+def _active_holds() -> QuerySet[Reservation, tuple[str, uuid.UUID, int, float, float]]:
+    """Return what ``expire_overdue`` narrows down; put together once, as it takes a millisecond."""
+    return (
+        Reservation.objects.active()
+        # Whoever holds one of these rows is about to settle it; the drop's lock makes
+        # that impossible within the project, and a foreign lock must not stop the rest.
+        .select_for_update(skip_locked=True, no_key=True)
+        # By the deadline alone, as the index has them: thousands may share one.
+        .order_by("expires_at")
+        .values_list(
+            Cast("pk", TextField()),
+            "variant_id",
+            "quantity",
+            seconds_of("created_at"),
+            seconds_of("expires_at"),
+        )
+    )
 
 
 def seconds_of(column: str) -> Func:
@@ -593,13 +599,19 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     Any number may run at once; each hold expires once. A drop that somebody keeps locked
     is left for the next call.
     """
-    swept = []
-    for drop_id in (
+    due = (
         Drop.objects.annotate(due_at=_first_deadline())
         .filter(due_at__lte=Now())
         .order_by("due_at")
         .values_list("pk", flat=True)
-    ):
+    )
+    return expire_drops(due, batch)
+
+
+def expire_drops(drop_ids: Iterable[uuid.UUID], batch: int) -> list[ExpiredHolds]:
+    """Expire what is overdue of these drops, as ``expire_due`` does of all."""
+    swept = []
+    for drop_id in drop_ids:
         try:
             swept.append(_expire_drop(drop_id, batch))
         except Drop.DoesNotExist:

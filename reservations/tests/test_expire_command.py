@@ -17,7 +17,9 @@ from drops.models import Drop, Variant
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from realtime.models import Event, EventType
+from reservations.management.commands import expire_reservations
 from reservations.models import Reservation, ReservationStatus
+from reservations.services import expire_drops
 from reservations.tests.factories import ReservationFactory
 from tests.servers import Process
 from users.models import User
@@ -56,6 +58,10 @@ def create_overdue_holds(count: int) -> Drop:
 
 def expired() -> int:
     return Reservation.objects.filter(status=ReservationStatus.EXPIRED).count()
+
+
+def expired_of(drop: Drop) -> int:
+    return drop.reservations.filter(status=ReservationStatus.EXPIRED).count()
 
 
 def wait_until(is_true: Callable[[], bool], process: Process, timeout: float = 60) -> None:
@@ -163,6 +169,26 @@ def test_stops_between_two_batches_of_a_backlog(start_expiry):
     drop.refresh_from_db()
     assert drop.available_stock == expired()
     assert audit_stock().differences == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_long_backlog_keeps_up_no_other_drop(monkeypatch):
+    long = create_overdue_holds(40)
+    command = expire_reservations.Command()
+    other: list[Reservation] = []
+
+    def sweep(drop_ids, batch):
+        if not other:
+            # It comes due when the backlog is being swept already.
+            other.append(ReservationFactory(overdue=True))
+        time.sleep(0.05)
+        return expire_drops(drop_ids, batch)
+
+    monkeypatch.setattr(expire_reservations, "expire_drops", sweep)
+    while not other or not expired_of(other[0].drop):
+        assert command.step(1) == 0
+
+    assert 0 < expired_of(long) < 20
 
 
 @pytest.mark.servers

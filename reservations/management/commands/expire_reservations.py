@@ -17,6 +17,7 @@ from operations.heartbeats import Pulse
 from reservations.services import (
     MAX_EXPIRED_PER_TRANSACTION,
     expire_all_due,
+    expire_drops,
     expire_due,
     seconds_until_next_deadline,
 )
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 # Holds that end one after the other in a rush go back together instead of one by one:
 # each sweep locks the drop that buyers want.
 SHORTEST_PAUSE_SECONDS = 0.05
+# How long drops that are known to have more are swept before others that are due are looked for.
+LONGEST_BACKLOG_SECONDS = 0.25
 PAUSE_WITHOUT_DATABASE_SECONDS = 0.5
 # A window may be set at any time to open in a moment, and clients shall know within a second.
 WINDOW_PAUSE_SECONDS = 0.5
@@ -106,8 +109,11 @@ class Command(BaseCommand):
         try:
             swept = expire_due(batch)
             self.is_working = True
-            if any(len(holds.reservation_ids) >= batch for holds in swept):
-                return 0
+            look_again_at = time.monotonic() + LONGEST_BACKLOG_SECONDS
+            while backlog := [h.drop_id for h in swept if len(h.reservation_ids) >= batch]:
+                if time.monotonic() >= look_again_at:
+                    return 0
+                swept = expire_drops(backlog, batch)
             next_deadline = seconds_until_next_deadline()
         except Exception as exc:
             if not may_pass(exc):
