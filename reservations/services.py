@@ -1,5 +1,7 @@
 """Reserve, release and expire: every change of a hold, each with its stock and its events."""
 
+import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,7 +12,7 @@ from functools import cache, partial
 from typing import TypeVar
 
 from django.conf import settings
-from django.db import OperationalError, connection, transaction
+from django.db import IntegrityError, OperationalError, connection, transaction
 from django.db.models import (
     Count,
     Field,
@@ -49,6 +51,8 @@ from reservations.exceptions import (
 from reservations.models import Reservation, ReservationStatus
 from users.exceptions import UnknownUser
 from users.models import User
+
+logger = logging.getLogger(__name__)
 
 # What a user has of a drop: held units and bought ones.
 COUNTS_AGAINST_LIMIT = (ReservationStatus.ACTIVE, ReservationStatus.CONSUMED)
@@ -608,12 +612,25 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     return expire_drops(due, batch)
 
 
+# Drops whose counters contradict their holds, and when (``time.monotonic``) to try again.
+_contradictory: dict[uuid.UUID, float] = {}
+CONTRADICTORY_SECONDS = 10.0
+
+
 def expire_drops(drop_ids: Iterable[uuid.UUID], batch: int) -> list[ExpiredHolds]:
     """Expire what is overdue of these drops, as ``expire_due`` does of all."""
     swept = []
     for drop_id in drop_ids:
+        if time.monotonic() < _contradictory.get(drop_id, 0.0):
+            continue
         try:
             swept.append(_expire_drop(drop_id, batch))
+            _contradictory.pop(drop_id, None)
+        except IntegrityError:
+            # Somebody has changed rows past the services. The other drops must not wait until
+            # that is repaired.
+            logger.exception("holds of drop %s can't expire; run audit_stock", drop_id)
+            _contradictory[drop_id] = time.monotonic() + CONTRADICTORY_SECONDS
         except Drop.DoesNotExist:
             continue  # A rehearsal that was discarded meanwhile.
         except OperationalError as exc:

@@ -1,6 +1,7 @@
 from datetime import timedelta
 
 import factory
+from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 from factory.django import DjangoModelFactory
@@ -39,6 +40,7 @@ class ReservationFactory(DjangoModelFactory):
         consumed = factory.Trait(status=ReservationStatus.CONSUMED)
 
     @classmethod
+    @transaction.atomic  # an expiry loop must not see the hold before its stock
     def _create(cls, model_class, *args, **kwargs):
         reservation = super()._create(model_class, *args, **kwargs)
         is_held = reservation.status == ReservationStatus.ACTIVE

@@ -1,3 +1,4 @@
+import time
 import uuid
 from datetime import timedelta
 from decimal import Decimal
@@ -22,6 +23,7 @@ from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from purchases.services import purchase
 from realtime.models import Event
+from reservations import services
 from reservations.exceptions import (
     AlreadyReserved,
     FullyReserved,
@@ -31,7 +33,7 @@ from reservations.exceptions import (
     SoldOut,
     VariantRequired,
 )
-from reservations.models import Reservation
+from reservations.models import Reservation, ReservationStatus
 from reservations.services import (
     MAX_EXPIRED_PER_TRANSACTION,
     Claim,
@@ -818,6 +820,21 @@ def test_a_sweep_leaves_a_locked_drop_for_the_next_time():
     assert [holds.drop_id for holds in swept] == [free.drop.pk]
     assert stock(stuck.drop) == (10, 9, 0)
     assert [holds.drop_id for holds in expire_due()] == [stuck.drop.pk]
+
+
+def test_a_drop_that_contradicts_itself_keeps_up_no_other(db, caplog, monkeypatch):
+    broken, sound = ReservationFactory(overdue=True), ReservationFactory(overdue=True)
+    Drop.objects.filter(pk=broken.drop.pk).update(available_stock=10)
+
+    assert [holds.drop_id for holds in expire_due()] == [sound.drop.pk]
+    assert expire_due() == []
+
+    assert [record.args for record in caplog.records] == [(broken.drop.pk,)]
+    broken.refresh_from_db()
+    assert broken.status == ReservationStatus.ACTIVE
+    Drop.objects.filter(pk=broken.drop.pk).update(available_stock=9)
+    monkeypatch.setattr(services, "_contradictory", {broken.drop.pk: time.monotonic()})
+    assert [holds.drop_id for holds in expire_due()] == [broken.drop.pk]
 
 
 @pytest.mark.django_db(transaction=True)
