@@ -128,6 +128,22 @@ def test_what_arrives_meanwhile_goes_out_together_in_order_and_at_most_256_at_on
     assert settle.most_at_once == 1
 
 
+def test_a_batch_follows_the_one_before_though_the_loop_is_busy(group):
+    settle = Answering(is_open=False)
+
+    async def scene():
+        tasks = await submit_all(group, settle, [0])
+        await settle.is_entered()
+        tasks += await submit_all(group, settle, [1])
+        settle.let_go()
+        time.sleep(0.3)  # noqa: ASYNC251 - so that nothing else runs in the loop
+        assert settle.batches == [[0], [1]]
+        settle.open()
+        assert await asyncio.gather(*tasks) == ["0!", "1!"]
+
+    play(scene)
+
+
 def test_different_drops_go_out_together(group):
     settle = Answering(is_open=False)
 

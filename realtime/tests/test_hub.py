@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -564,3 +565,35 @@ def test_a_large_message_carries_no_events(monkeypatch):
         "ts": AT.timestamp(),
         "data": {"n": 1},
     }
+
+
+def news_of(seq: int) -> list[dict[str, Any]]:
+    return [{"drop_id": SOME_ID, "seq": seq, "events": []}]
+
+
+def test_the_first_news_goes_out_at_once_and_what_follows_in_one_message(monkeypatch):
+    monkeypatch.setattr(publisher, "PAUSE_SECONDS", 0.5)
+    messages: list[tuple[float, list[int]]] = []
+
+    class Layer:
+        async def group_send(self, group: str, message: dict[str, Any]) -> None:
+            seqs = [of_drop["seq"] for of_drop in message["news"]]
+            messages.append((time.monotonic(), seqs))
+
+    monkeypatch.setattr(publisher, "get_channel_layer", Layer)
+    sender = publisher.Publisher()
+    sender.start()
+    for first in (1, 11):
+        # The second time it has gone to sleep, and is woken.
+        time.sleep(0.6)
+        put_at = time.monotonic()
+        sender.put(news_of(first))
+        sender.flush()
+        assert messages[-1][1] == [first]
+        assert messages[-1][0] - put_at < 0.4
+        for seq in range(first + 1, first + 10):
+            sender.put(news_of(seq))
+        sender.flush()
+        assert messages[-1][1] == list(range(first + 1, first + 10))
+
+    assert len(messages) == 4
