@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.conf import settings
 from django.db import IntegrityError, OperationalError, connection, transaction
@@ -20,7 +20,6 @@ from django.db.models import (
     Max,
     Min,
     OuterRef,
-    QuerySet,
     Subquery,
     TextField,
 )
@@ -526,7 +525,7 @@ def expire_overdue(
     Returns:
         The ids of the reservations that expired.
     """
-    holds = _active_holds().filter(drop=locked.drop, expires_at__lte=now)
+    holds = _locked_holds().overdue(now).filter(drop=locked.drop)
     own = list(holds.filter(user__in=own_first)) if own_first else []
     others = holds.exclude(pk__in=[pk for pk, *_ in own]) if own else holds
     overdue = own + list(others[: max(0, limit - len(own))])
@@ -557,10 +556,13 @@ def expire_overdue(
 
 
 @cache
-def _active_holds() -> QuerySet[Reservation, tuple[str, uuid.UUID, int, float, float]]:
-    """Return what ``expire_overdue`` narrows down; put together once, as it takes a millisecond."""
+def _locked_holds() -> Any:
+    """Return what ``expire_overdue`` narrows down; put together once, as it takes a millisecond.
+
+    A ``ReservationQuerySet`` of tuples: id, variant's id, quantity, made and due at, in seconds.
+    """
     return (
-        Reservation.objects.active()
+        Reservation.objects
         # Whoever holds one of these rows is about to settle it; the drop's lock makes
         # that impossible within the project, and a foreign lock must not stop the rest.
         .select_for_update(skip_locked=True, no_key=True)
