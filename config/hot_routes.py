@@ -8,7 +8,7 @@ reference for every answer; one test suite compares the two.
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -237,11 +237,13 @@ class HotRoutes:
         key = methods, scheme
         if key not in self._common:
             headers = [(b"allow", methods.encode()), *security_headers(scheme)]
-            self._common[key] = CommonHeaders(headers, header_lines(headers) or b"")
+            self._common[key] = CommonHeaders(headers, header_lines(tuple(headers)) or b"")
         return self._common[key]
 
 
-def header_lines(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+# The same few again and again; a client that sends ever new origins finds nothing here.
+@lru_cache(256)
+def header_lines(headers: tuple[tuple[bytes, bytes], ...]) -> bytes | None:
     """Return the lines of ``headers``, or None where one would begin another line."""
     if not headers:
         return b""

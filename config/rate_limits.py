@@ -126,11 +126,16 @@ class Limit:
         )
 
     def headers(self, count: int, seconds: int) -> Headers:
-        left = max(0, self.amount - count)
-        return (
-            (b"ratelimit-policy", self._policy),
-            (b"ratelimit", b'"%b";r=%d;t=%d' % (self._kind, left, seconds)),
-        )
+        return rate_headers(self._policy, self._kind, max(0, self.amount - count), seconds)
+
+
+# Most requests are a user's first.
+@lru_cache(256)
+def rate_headers(policy: bytes, kind: bytes, left: int, seconds: int) -> Headers:
+    return (
+        (b"ratelimit-policy", policy),
+        (b"ratelimit", b'"%b";r=%d;t=%d' % (kind, left, seconds)),
+    )
 
 
 class RateLimits:
