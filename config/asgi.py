@@ -24,6 +24,7 @@ from operations.exposition import SAMPLERS  # noqa: E402
 from operations.requests import RequestLog, StatusNoted  # noqa: E402
 from purchases.asgi import PurchaseEndpoint  # noqa: E402
 from realtime.asgi import EventStreams  # noqa: E402
+from realtime.backpressure import ImpatientSockets  # noqa: E402
 from realtime.hub import get_hub  # noqa: E402
 from realtime.routing import websocket_urlpatterns  # noqa: E402
 from reservations.asgi import ReserveEndpoint  # noqa: E402
@@ -63,7 +64,9 @@ application = observed(
     ProtocolTypeRouter(
         {
             "http": EventStreams(http_application()),
-            "websocket": URLRouter([*control_urlpatterns, *websocket_urlpatterns]),
+            "websocket": ImpatientSockets(
+                URLRouter([*control_urlpatterns, *websocket_urlpatterns])
+            ),
         }
     )
 )

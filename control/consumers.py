@@ -6,11 +6,10 @@ import json
 from datetime import UTC, datetime
 
 from channels.db import database_sync_to_async
-from channels.generic.websocket import AsyncWebsocketConsumer
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
-from realtime.consumers import DropConsumer
+from realtime.consumers import Consumer
 from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
 
@@ -18,10 +17,8 @@ PULSE_SECONDS = 2.0
 NOT_ALLOWED = 4403
 
 
-class ControlConsumer(AsyncWebsocketConsumer):
+class ControlConsumer(Consumer):
     """``/ws/control``: a ``PULSE`` every two seconds. Staff know each other by their session."""
-
-    channel_layer_alias = DropConsumer.channel_layer_alias
 
     pulse: asyncio.Task | None = None
 

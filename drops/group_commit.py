@@ -133,7 +133,6 @@ class Lane:
     def take_batch(self) -> list[Waiting]:
         """Take the oldest request and all others of its kind, in order, up to ``MAX_BATCH``."""
         with self.taking:
-            self.in_flight = []
             batch: list[Waiting] = []
             keys: set[Hashable] = set()
             left: list[Waiting] = []

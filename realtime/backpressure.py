@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, cast
 
-from config.asgi_types import Message, Send
+from config.asgi_types import Application, Message, Receive, Scope, Send
 from config.servers import daphne_protocol
 
 # How long a client may take to answer a close frame.
-CLOSE_SECONDS = 1.0
+CLOSE_ANSWER_SECONDS = 1.0
 
 
 class Gate:
@@ -74,15 +74,21 @@ def abort(send: Send) -> None:
         cut()
 
 
-def hasten_close(send: Send) -> None:
-    """Let uvicorn wait for a client's answer to its close frame as briefly as ``CLOSE_SECONDS``.
+class ImpatientSockets:
+    """Let uvicorn wait ``CLOSE_ANSWER_SECONDS`` for a client's answer to its close frame.
 
-    By itself it waits for ten seconds: then who opens sockets that are all refused, and answers
-    nothing, has thousands of them at once. Daphne ends a connection right after its frame.
+    By itself it waits for ten: then who opens sockets that are all refused, and answers nothing,
+    has thousands of them at once. Daphne ends a connection right after its frame.
     """
-    protocol: Any = getattr(send, "__self__", None)
-    if hasattr(protocol, "close_timeout"):
-        protocol.close_timeout = CLOSE_SECONDS
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        protocol: Any = getattr(send, "__self__", None)
+        if hasattr(protocol, "close_timeout"):
+            protocol.close_timeout = CLOSE_ANSWER_SECONDS
+        await self.application(scope, receive, send)
 
 
 def start(step: Awaitable[None]) -> Any:

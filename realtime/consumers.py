@@ -66,10 +66,6 @@ class Closing(Exception):
 class Consumer(AsyncWebsocketConsumer):
     channel_layer_alias = "none: the hub listens for all sockets"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        backpressure.hasten_close(send)
-        await super().__call__(scope, receive, send)
-
     async def dispatch(self, message: dict[str, Any]) -> None:
         # Channels looks after database connections in a thread for each message; here, what
         # uses the database does so itself.

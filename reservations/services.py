@@ -516,14 +516,14 @@ def _end_hold(
 
 def expire_overdue(
     locked: LockedDrop, now: datetime, limit: int, own_first: Collection[uuid.UUID] = ()
-) -> list[uuid.UUID]:
+) -> list[str]:
     """Return about ``limit`` overdue holds of a locked drop to its stock.
 
     Those of the users ``own_first`` all come first: who claims anew must not find the old
     hold still active behind a long backlog. The caller saves ``locked``.
 
     Returns:
-        The ids of the reservations that expired.
+        The ids of the reservations that expired, as texts.
     """
     holds = _locked_holds().overdue(now).filter(drop=locked.drop)
     own = list(holds.filter(user__in=own_first)) if own_first else []
@@ -552,7 +552,7 @@ def expire_overdue(
         units[variant_id] += quantity
     for variant_id, quantity in units.items():
         locked.move(locked.variants[variant_id], available=quantity)
-    return [uuid.UUID(pk) for pk in ids]
+    return list(ids)
 
 
 @cache
@@ -603,7 +603,7 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
     """Expire overdue holds: of each drop at most ``batch``, in a transaction per drop.
 
     Any number may run at once; each hold expires once. A drop that somebody keeps locked
-    is left for the next call.
+    is left for the next call, and one whose counters contradict its holds for ten seconds.
     """
     due = (
         Drop.objects.annotate(due_at=_first_deadline())
@@ -659,7 +659,7 @@ def _expire_drop(drop_id: uuid.UUID, batch: int) -> ExpiredHolds:
     if ids:
         locked.record_stock()
         locked.save(now)
-    return ExpiredHolds(drop_id, locked.drop.available_stock, ids)
+    return ExpiredHolds(drop_id, locked.drop.available_stock, [uuid.UUID(pk) for pk in ids])
 
 
 def seconds_until_next_deadline() -> float | None:

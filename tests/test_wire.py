@@ -1,10 +1,12 @@
 """What only a real server process can be asked: odd bytes, large bodies, headers, methods."""
 
+import contextlib
 import http.client
 import itertools
 import json
 import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -481,6 +483,31 @@ def test_a_request_that_was_cut_short_changes_nothing(web_server, transactional_
 
 
 # --- Answers of the hot routes ----------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("path", ["/ws/nowhere", f"/ws/drops/{SOMEBODY}", "/ws/control"])
+def test_a_refused_socket_ends_soon_though_its_client_answers_nothing(web_server, path):
+    handshake = request_bytes(
+        "GET",
+        path,
+        f"Origin: {web_server.url.replace('127.0.0.1', 'localhost')}".encode(),
+        *(b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"),
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    )
+    with web_server.connect() as line:
+        line.settimeout(30)
+        line.sendall(handshake)
+        answer = line.recv(4096)
+        began = time.monotonic()
+        # daphne cuts the line, uvicorn ends it.
+        with contextlib.suppress(ConnectionResetError):
+            while line.recv(4096):
+                pass
+
+    assert status_of(answer) == 101
+    # uvicorn's own patience is ten seconds.
+    assert time.monotonic() - began < 7
 
 
 @pytest.mark.django_db(transaction=True)
