@@ -51,7 +51,7 @@ READ_HEADERS = {
 
 
 # A request with none of them is from nobody in particular, whatever the mode.
-IDENTITY_HEADERS = (b"x-user-id", b"x-auth-signature", b"authorization")
+IDENTITY_HEADERS = frozenset((b"x-user-id", b"x-auth-signature", b"authorization"))
 
 
 class FallThrough(Exception):
@@ -84,7 +84,7 @@ class HotRequest:
 
     @property
     def is_anonymous(self) -> bool:
-        return not any(name in self.headers for name in IDENTITY_HEADERS)
+        return IDENTITY_HEADERS.isdisjoint(self.headers)
 
     def asking(self) -> Asking:
         """Return what says who is asking."""

@@ -75,9 +75,8 @@ class Page:
     loading: asyncio.Task | None = None
     # Events that came while the page was being read, to be folded into what was read.
     meanwhile: list[tuple[str, Sequence[News]]] = field(default_factory=list)
-    # None while it has to be encoded anew.
+    # None while it has to be encoded anew; may be read without a lock.
     answer: HotAnswer | None = None
-    etag: str = ""
 
     def replace(self, data: dict[str, Any]) -> None:
         is_list = "results" in data
@@ -118,13 +117,8 @@ class Page:
                 # The results come last.
                 body = self.frame.json.removesuffix(b"]}") + body + b"]}"
                 digests.insert(0, self.frame.digest)
-            self.etag = etag_of(digests)
-            self.answer = HotAnswer(200, body, etag_header(self.etag))
+            self.answer = HotAnswer(200, body, ((b"etag", etag_of(digests).encode()),))
         return self.answer
-
-
-def etag_header(etag: str) -> tuple[tuple[bytes, bytes]]:
-    return ((b"etag", etag.encode()),)
 
 
 class DropReads:
@@ -175,7 +169,8 @@ class DropReads:
     async def _answer(
         self, request: HotRequest, actions: Mapping[str, Any], **kwargs: str
     ) -> HotAnswer:
-        await self._check_identity(request)
+        if not request.is_anonymous:
+            await self._check_identity(request)
         if len(request.query) > MAX_QUERY_LENGTH:
             raise FallThrough
         # Pages link to their neighbours by the address that the client used.
@@ -194,10 +189,13 @@ class DropReads:
             if not page.is_known:
                 # An error, of which the viewset says more; it isn't remembered.
                 raise FallThrough
-        with self._lock:
-            answer, etag = page.encode(), page.etag
-        if is_match(etag, request.header(b"if-none-match")):
-            return HotAnswer(304, b"", etag_header(etag), content_type=None)
+        answer = page.answer
+        if answer is None:
+            with self._lock:
+                answer = page.encode()
+        known = request.header(b"if-none-match")
+        if known is not None and is_match(answer.headers[0][1].decode(), known):
+            return HotAnswer(304, b"", answer.headers, content_type=None)
         return answer
 
     def _page(self, key: PageKey) -> Page:
@@ -243,8 +241,6 @@ class DropReads:
 
     async def _check_identity(self, request: HotRequest) -> None:
         """Refuse an invalid identity even here, where none is needed."""
-        if request.is_anonymous:
-            return
         identity = identify(request.asking())
         if identity is None:
             return
