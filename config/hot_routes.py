@@ -86,6 +86,14 @@ class HotRequest:
     def is_anonymous(self) -> bool:
         return IDENTITY_HEADERS.isdisjoint(self.headers)
 
+    @property
+    def has_body(self) -> bool:
+        """Say whether to wait for one; chunked ones, of no stated length, get no ``HotRequest``.
+
+        Source: https://www.rfc-editor.org/rfc/rfc9112#name-message-body-length
+        """
+        return b"content-length" in self.headers
+
     def asking(self) -> Asking:
         """Return what says who is asking."""
         return Asking(
@@ -170,6 +178,11 @@ class HotRoutes:
     _has_started: bool = False
     _common: dict[tuple[str, str], "CommonHeaders"] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._by_method: dict[str, list[Route]] = {}
+        for route in self.routes:
+            self._by_method.setdefault(route.method, []).append(route)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._has_started:
             self._has_started = True
@@ -181,15 +194,13 @@ class HotRoutes:
             request = read_request(scope, args)
         except FallThrough:
             return await self.rest(scope, receive, send)
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        request.body = message.get("body", b"")
+        message = None
         try:
-            if message.get("more_body"):
-                raise FallThrough
-            if request.body and request.content_type != "application/json":
-                raise FallThrough
+            if request.has_body:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                request.body = read_body(request, message)
             answer = await route.endpoint(request)
         except FallThrough:
             return await self.rest(scope, put_back(message, receive), send)
@@ -201,31 +212,36 @@ class HotRoutes:
                 error = to_api_exception(exc)
             answer = problem_answer(error, request.request_id)
         note(request, route, answer)
-        await self._send(route, request, answer, send)
+        if not self._send_at_once(route, request, answer, send):
+            await self._send(route, request, answer, send)
+        return None
 
     def _match(self, scope: Scope) -> tuple[Route | None, tuple[str, ...]]:
-        method, path = scope["method"], scope["path"]
+        path = scope["path"]
         if path.startswith("/api/drops"):
-            for route in self.routes:
-                if route.method == method and (match := route.pattern.fullmatch(path)):
+            for route in self._by_method.get(scope["method"], ()):
+                if match := route.pattern.fullmatch(path):
                     return route, match.groups()
         return None, ()
 
-    async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
-        added = (*cors_headers(request.header(b"origin")), *request.answer_headers)
+    def _send_at_once(
+        self, route: Route, request: HotRequest, answer: HotAnswer, send: Send
+    ) -> bool:
+        lines, added = answer.lines, header_lines(added_headers(request))
+        if lines is None or added is None:
+            return False
         common = self._common_headers(route.methods, request.scheme)
-        lines, added_lines = answer.lines, header_lines(added)
-        if lines is not None and added_lines is not None:
-            identifier = request.request_id.encode()
-            head = b"%bx-request-id: %b\r\n%b%b" % (lines, identifier, added_lines, common.lines)
-            if send_at_once(send, answer.status, head, answer.body):
-                return
+        identifier = request.request_id.encode()
+        head = b"%bx-request-id: %b\r\n%b%b" % (lines, identifier, added, common.lines)
+        return send_at_once(send, answer.status, head, answer.body)
+
+    async def _send(self, route: Route, request: HotRequest, answer: HotAnswer, send: Send) -> None:
         headers = [
             (b"content-length", b"%d" % len(answer.body)),
             (b"x-request-id", request.request_id.encode()),
-            *added,
+            *added_headers(request),
             *answer.headers,
-            *common.headers,
+            *self._common_headers(route.methods, request.scheme).headers,
         ]
         if answer.content_type:
             headers.append((b"content-type", answer.content_type))
@@ -239,6 +255,12 @@ class HotRoutes:
             headers = [(b"allow", methods.encode()), *security_headers(scheme)]
             self._common[key] = CommonHeaders(headers, header_lines(tuple(headers)) or b"")
         return self._common[key]
+
+
+def added_headers(request: HotRequest) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the headers that an answer has for this request's sake."""
+    origin = request.headers.get(b"origin")
+    return (*cors_headers(origin), *request.answer_headers) if origin else request.answer_headers
 
 
 # The same few again and again; a client that sends ever new origins finds nothing here.
@@ -277,7 +299,8 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
             found[name] = value.decode("latin-1")
     if not host_is_allowed(found.get(b"host", "")):
         raise FallThrough
-    if not accepts_json(found.get(b"accept", "*/*")):
+    accept = found.get(b"accept")
+    if accept is not None and not accepts_json(accept):
         raise FallThrough
     if scope["method"] == "POST" and scope["query_string"]:
         # It says nothing, except that ?format= is understood everywhere.
@@ -285,10 +308,12 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
     scheme = scheme_of(scope, found.get(b"x-forwarded-proto"))
     if quick_settings.SECURE_SSL_REDIRECT and scheme != "https":
         raise FallThrough
-    length = found.get(b"content-length", "0")
-    if b"transfer-encoding" in found or not length.isdigit():
+    if b"transfer-encoding" in found:
         raise FallThrough
-    if int(length) > quick_settings.MAX_BODY_BYTES:
+    length = found.get(b"content-length")
+    if length is not None and not (
+        length.isdigit() and int(length) <= quick_settings.MAX_BODY_BYTES
+    ):
         raise FallThrough
     return HotRequest(
         scope=scope,
@@ -339,8 +364,22 @@ class _RequestTo(HttpRequest):
         self.META["HTTP_HOST"] = host
 
 
-def put_back(first: Mapping[str, Any], receive: Receive) -> Receive:
-    """Return a ``receive`` that hands out ``first`` again before the rest."""
+def read_body(request: HotRequest, message: Mapping[str, Any]) -> bytes:
+    """Return the body, if the first message has all of it and it is JSON.
+
+    Raises:
+        FallThrough: there is more of it, or it is something else.
+    """
+    body: bytes = message.get("body", b"")
+    if message.get("more_body") or (body and request.content_type != "application/json"):
+        raise FallThrough
+    return body
+
+
+def put_back(first: Mapping[str, Any] | None, receive: Receive) -> Receive:
+    """Return a ``receive`` that hands out ``first`` again, where there is one, before the rest."""
+    if first is None:
+        return receive
     waiting = [first]
 
     async def receive_again() -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import io
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -149,15 +149,15 @@ class DropReads:
             ),
         ]
 
-    async def list(self, request: HotRequest) -> HotAnswer:
+    def list(self, request: HotRequest) -> Awaitable[HotAnswer]:
         if b"draft" in request.query or b"%" in request.query:
             # The only list that depends on who asks, perhaps in disguise.
             raise FallThrough
-        return await self._answer(request, {"get": "list"})
+        return self._answer(request, {"get": "list"})
 
-    async def retrieve(self, request: HotRequest) -> HotAnswer:
+    def retrieve(self, request: HotRequest) -> Awaitable[HotAnswer]:
         drop_id = drop_id_of(request)
-        return await self._answer(request, {"get": "retrieve"}, pk=str(drop_id))
+        return self._answer(request, {"get": "retrieve"}, pk=str(drop_id))
 
     def fold(self, drop_id: str, events: Sequence[News]) -> None:
         with self._lock:

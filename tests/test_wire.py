@@ -536,3 +536,24 @@ def test_a_hot_answer_closes_the_connection_for_who_asks_for_that(web_server):
             answer += received
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_requests_with_and_without_a_body_follow_each_other_on_one_connection(web_server):
+    reserve = f"/api/drops/{DropFactory().pk}/reserve"
+    identity = f"X-User-Id: {UserFactory().pk}".encode()
+    requests = [
+        request_bytes("GET", "/api/drops"),
+        request_bytes("POST", reserve, identity),
+        # A body that nobody asked for still has to be read, or it would be the next request.
+        request_bytes("GET", "/api/drops", b"Content-Length: 24") + b"DELETE /api/drops HTTP/1",
+        request_bytes("POST", reserve, identity, b"Content-Length: 0"),
+        request_bytes("GET", "/api/drops", b"Connection: close"),
+    ]
+    with web_server.connect() as line:
+        line.sendall(b"".join(requests))
+        answers = b""
+        while received := line.recv(65_536):
+            answers += received
+    statuses = re.findall(rb"HTTP/1.1 (\d+) ", answers)
+    assert statuses == [b"200", b"201", b"200", b"200", b"200"]

@@ -82,6 +82,23 @@ async def change(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     return await asyncio.to_thread(asgi.close_after(partial(function, *args, **kwargs)))
 
 
+def test_a_read_without_a_body_waits_for_none(reads):
+    drop = DropFactory()
+
+    async def scene(lane):
+        async def never(scope, receive, send):
+            await lane_application(scope, asyncio.Event().wait, send)
+
+        await read_list(lane)
+        await read(lane, drop)
+        lane_application, lane.application = lane.application, never
+        return await read_list(lane), await read(lane, drop)
+
+    listed, one = play(scene)
+    assert listed == [one]
+    assert reads.count == 2
+
+
 # --- One's own writes -------------------------------------------------------------------
 
 
