@@ -4,7 +4,8 @@ In a drop most requests are too late. This memory may refuse, never accept: it h
 drop's state as it was read at most ``MAX_AGE_SECONDS`` ago and is forgotten as soon as this
 process makes or hears of a change. Whoever has something of the drop is never refused here,
 because they may be asking for what they hold; nor who had something once and comes with an
-idempotency key, because they may be asking for their first answer.
+idempotency key, because they may be asking for their first answer. Users are not looked up:
+one whom staff switched off may hear that a drop is sold out instead of who they are not.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.db import DatabaseError, connection
+from django.db import Error, connection
 from psycopg_pool import PoolTimeout
 from rest_framework.exceptions import APIException
 
@@ -69,11 +70,14 @@ class Remembered:
 
     def extend(self, read_at: datetime, read_since: float) -> None:
         """Trust the state for as long as nothing happens by the mere passing of time."""
-        seconds = MAX_AGE_SECONDS
-        for at in (self.next_release_at, self.drop.starts_at, self.drop.ends_at):
+        ends = [MAX_AGE_SECONDS]
+        for at in (self.drop.starts_at, self.drop.ends_at):
             if at is not None and at > self.read_at:
-                seconds = min(seconds, (at - read_at).total_seconds())
-        self.until = read_since + seconds
+                ends.append((at - read_at).total_seconds())
+        if self.next_release_at is not None:
+            # A hold that is due already is returned to whoever asks the database next.
+            ends.append((self.next_release_at - read_at).total_seconds())
+        self.until = read_since + min(ends)
         self.renew_at = read_since + RENEW_AFTER_SECONDS
 
     def refusal(self, claim: Claim) -> PreparedProblem | None:
@@ -155,10 +159,11 @@ class ShortageMemory:
     def forget(self, drop_id: str, events: Any = ()) -> None:
         """Forget a drop that changed; runs in any thread."""
         key = uuid.UUID(drop_id)
-        self._remembered.pop(key, None)
+        # In this order, the reverse of who remembers: one of the two notices the other.
         reading = self._reading.get(key)
         if reading is not None:
             reading.is_current = False
+        self._remembered.pop(key, None)
 
     def _forget_unasked(self, now: float) -> None:
         """Forget drops that nobody asks for any more, and so nobody finds too old."""
@@ -177,11 +182,13 @@ class ShortageMemory:
             known = await sync_to_async(read_state, thread_sensitive=False)(drop_id)
             if known is None:
                 self._too_many[drop_id] = since + TOO_MANY_SECONDS
-            elif self._reading[drop_id].is_current:
+            else:
                 known.extend(known.read_at, since)
                 self._forget_unasked(since)
                 self._remembered[drop_id] = known
-        except (DatabaseError, PoolTimeout):
+                if not self._reading[drop_id].is_current:
+                    self._remembered.pop(drop_id, None)
+        except (Error, PoolTimeout, Drop.DoesNotExist):
             pass  # Nothing learned: the next claim asks the database itself.
         finally:
             del self._reading[drop_id]
@@ -190,10 +197,10 @@ class ShortageMemory:
         """Use the state for longer if the drop's sequence says that nothing changed."""
         since = time.monotonic()
         try:
-            seq, now = await sync_to_async(read_seq, thread_sensitive=False)(known.drop.pk)
-            if seq == known.drop.seq:
-                known.extend(now, since)
-        except (DatabaseError, PoolTimeout):
+            found = await sync_to_async(read_seq, thread_sensitive=False)(known.drop.pk)
+            if found is not None and found[0] == known.drop.seq:
+                known.extend(found[1], since)
+        except (Error, PoolTimeout):
             pass  # It ends by itself.
         finally:
             known.is_renewing = False
@@ -227,7 +234,7 @@ def users_of(reservations: ReservationQuerySet) -> frozenset[uuid.UUID] | None:
     return frozenset(users) if len(users) <= MAX_CLAIMANTS else None
 
 
-def read_seq(drop_id: uuid.UUID) -> tuple[int, datetime]:
+def read_seq(drop_id: uuid.UUID) -> tuple[int, datetime] | None:
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT seq, now() FROM drops_drop WHERE id = %s", [drop_id])

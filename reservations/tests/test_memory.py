@@ -1,6 +1,7 @@
 """Refusals from memory: how cheap they are, and how soon they end when there is stock again."""
 
 import asyncio
+import gc
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from django.db import InterfaceError
 from django.utils import timezone
 
 from drops.asgi import close_after
@@ -402,6 +404,63 @@ def test_a_unit_is_given_as_soon_as_its_hold_is_due(only_deadlines_count):
         return await storm_until_won(lane, hold.drop)
 
     assert timedelta(0) <= play(scene) - expires_at < ON_TIME
+
+
+def test_a_hold_that_is_due_before_the_reading_is_not_waited_for(clock, monkeypatch):
+    hold = ReservationFactory(drop__total_stock=1)
+    read_state = memory.read_state
+
+    def read_late(drop_id):
+        long_ago = timezone.now() - timedelta(minutes=2)
+        due = Reservation.objects.filter(pk=hold.pk)
+        due.update(created_at=long_ago, expires_at=timezone.now() - timedelta(milliseconds=2))
+        return read_state(drop_id)
+
+    monkeypatch.setattr(memory, "read_state", read_late)
+
+    async def scene(lane):
+        refused = await learned(lane, hold.drop)
+        return refused.status, (await claim(lane, hold.drop)).status
+
+    assert play(scene) == (409, 201)
+
+
+def test_a_change_while_the_reading_is_stored_is_not_missed(clock, monkeypatch):
+    hold = ReservationFactory(drop__total_stock=1)
+    forget_unasked = ShortageMemory._forget_unasked
+
+    def change_meanwhile(self, now):
+        forget_unasked(self, now)
+        self.forget(str(hold.drop.pk))
+
+    monkeypatch.setattr(ShortageMemory, "_forget_unasked", change_meanwhile)
+
+    async def scene(lane):
+        await claim(lane, hold.drop)
+        await background_work("ShortageMemory._learn")
+        return memory_of(lane)._remembered
+
+    assert play(scene) == {}
+
+
+@pytest.mark.parametrize("error", [InterfaceError("gone"), Drop.DoesNotExist()])
+def test_a_reading_that_fails_is_no_unhandled_error(clock, monkeypatch, error):
+    hold = ReservationFactory(drop__total_stock=1)
+
+    def fail(drop_id):
+        raise error
+
+    monkeypatch.setattr(memory, "read_state", fail)
+
+    async def scene(lane):
+        unhandled = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, found: unhandled.append(found))
+        refused = await claim(lane, hold.drop)
+        await background_work("ShortageMemory._learn")
+        gc.collect()
+        return refused.status, (await claim(lane, hold.drop)).status, unhandled
+
+    assert play(scene) == (409, 409, [])
 
 
 def test_a_drop_opens_on_time(only_deadlines_count):
