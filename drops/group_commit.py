@@ -17,13 +17,14 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from django.db import DatabaseError, connection
 from psycopg.errors import LockNotAvailable
+from rest_framework.exceptions import APIException
 
 from config.problems import Busy, Unavailable, may_pass
 from drops.services import Wait
@@ -217,6 +218,8 @@ class GroupCommit:
     def _set_apart(self, drop_id: uuid.UUID, waiting: list[Waiting]) -> None:
         """Let a drop that somebody else has locked be waited for on its own."""
         lane = self._apart[drop_id] = Lane(drop_id, self._apart_executor)
+        # From now on, though it may have to wait for a thread: others' locks take as long.
+        lane.started_at = time.monotonic()
         lane.queue.extend(waiting)
         lane.queue.extend(self._together.take_drop(drop_id))
         lane.watch()
@@ -243,19 +246,12 @@ def settle_batches(lane: Lane, loop: asyncio.AbstractEventLoop) -> WaitingByDrop
         for one in batch:
             by_drop.setdefault(one.drop_id, []).append(one)
         started_at = lane.started_at = time.monotonic()
-        requests = {pk: [one.request for one in of_drop] for pk, of_drop in by_drop.items()}
-        answers = settle_apart(batch[0].settle, requests, lane.wait)
+        for answered in settle_apart(batch[0].settle, by_drop.copy(), lane.wait):
+            loop.call_soon_threadsafe(give_answers, answered)
+            for drop_id in {one.drop_id for one, _ in answered}:
+                by_drop.pop(drop_id, None)
         took = time.monotonic() - started_at
         lane.batch_seconds += SMOOTHING * (took - lane.batch_seconds)
-        answered: list[tuple[Waiting, Any]] = []
-        missing = 0
-        for drop_id, of_drop in answers.items():
-            waiting = by_drop.pop(drop_id)
-            answered += zip(waiting, of_drop, strict=False)
-            missing += len(waiting) - len(of_drop)
-        loop.call_soon_threadsafe(give_answers, answered)
-        if missing:
-            raise ValueError(f"{missing} requests got no answer")
         # Once for the batch, not for each claim: the first has waited longest.
         metrics.queue_wait_seconds.observe(started_at - batch[0].since)
         metrics.batch_claims.observe(len(batch))
@@ -273,7 +269,10 @@ class Failure:
     reason: Exception
 
 
-def give_answers(answered: Sequence[tuple[Waiting, Any]]) -> None:
+Answered = Sequence[tuple[Waiting, Any]]
+
+
+def give_answers(answered: Answered) -> None:
     for one, answer in answered:
         if isinstance(answer, Failure):
             one.fail(answer.reason)
@@ -281,37 +280,50 @@ def give_answers(answered: Sequence[tuple[Waiting, Any]]) -> None:
             one.answer.set_result(answer)
 
 
-def settle_apart(
-    settle: Settle, batch: dict[uuid.UUID, list[Any]], wait: Wait
-) -> dict[uuid.UUID, list[Any]]:
+def settle_apart(settle: Settle, batch: WaitingByDrop, wait: Wait) -> Iterator[Answered]:
     """Settle a batch; where that breaks, drop by drop and in halves, down to the one to blame.
 
     Without the database all of it fails at once: apart the requests would fare no better,
     and each would wait for the others.
+
+    Yields:
+        The answers of each part, as soon as it is committed.
+    Raises:
+        ValueError: some got none.
     """
     count = sum(map(len, batch.values()))
+    requests = {pk: [one.request for one in of_drop] for pk, of_drop in batch.items()}
     try:
-        return settle(batch, wait=wait)
+        answers = settle(requests, wait=wait)
     except Exception as exc:
         if wait is Wait.BRIEFLY and isinstance(exc.__cause__, LockNotAvailable):
-            return settle_apart(settle, batch, Wait.NOT)
-        if may_pass(exc):
+            yield from settle_apart(settle, batch, Wait.NOT)
+            return
+        is_outage = may_pass(exc)
+        if is_outage:
             logger.warning("a batch of %d failed: %s", count, exc)
+        if is_outage or isinstance(exc, DatabaseError):
             connection.close()
-            return {pk: [Failure(exc)] * len(requests) for pk, requests in batch.items()}
-        if isinstance(exc, DatabaseError):
-            connection.close()
-        if count == 1:
-            return {pk: [Failure(exc)] for pk in batch}
-        logger.exception("a batch of %d broke; settling its parts", count)
+        if is_outage or count == 1:
+            yield [(one, Failure(exc)) for of_drop in batch.values() for one in of_drop]
+            return
+        if not isinstance(exc, APIException):
+            logger.exception("a batch of %d broke; settling its parts", count)
+    else:
+        yield [
+            pair
+            for drop_id, of_drop in answers.items()
+            for pair in zip(batch[drop_id], of_drop, strict=False)
+        ]
+        missing = sum(len(batch[pk]) - len(of_drop) for pk, of_drop in answers.items())
+        if missing:
+            raise ValueError(f"{missing} requests got no answer")
+        return
     if len(batch) > 1:
-        return {
-            pk: answers
-            for drop_id, requests in batch.items()
-            for pk, answers in settle_apart(settle, {drop_id: requests}, wait).items()
-        }
-    ((drop_id, requests),) = batch.items()
+        for drop_id, of_drop in batch.items():
+            yield from settle_apart(settle, {drop_id: of_drop}, wait)
+        return
+    ((drop_id, of_drop),) = batch.items()
     # Half of a drop's answers would be of no use, so now its lock is waited for.
-    halves = [requests[: count // 2], requests[count // 2 :]]
-    settled = [settle_apart(settle, {drop_id: half}, Wait.AS_LONG_AS_IT_TAKES) for half in halves]
-    return {drop_id: [answer for half in settled for answer in half[drop_id]]}
+    for half in (of_drop[: count // 2], of_drop[count // 2 :]):
+        yield from settle_apart(settle, {drop_id: half}, Wait.AS_LONG_AS_IT_TAKES)

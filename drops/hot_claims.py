@@ -1,11 +1,13 @@
 """What the hot endpoints of reserve and purchase share: from the request to its batch."""
 
+import time
 import uuid
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from django.conf import settings
+from django.db import transaction
 from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
@@ -19,9 +21,11 @@ from users.identity import Identity, create_users, identify
 from users.models import User
 from users.replays import refuse_replay_soon
 
-# Users that this process has made or found, in development; forgotten all at once when full.
+# When this process last saw to it that a user exists; forgotten all at once when full.
 MAX_KNOWN_USERS = 100_000
-_known_users: set[uuid.UUID] = set()
+_made_at: dict[uuid.UUID, float] = {}
+# How long that is believed; ``seed`` may have deleted everybody meanwhile.
+MADE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,42 +113,40 @@ def settle_claims(
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
     if not settings.CREATE_UNKNOWN_USERS:
-        return _settle_known(batch, settle_many, encode, wait=wait)
+        return _settle(batch, settle_many, encode, wait=wait)
     if settings.DEBUG:
-        _make_unknown_users([claim for claims in batch.values() for claim in claims])
-        return _settle_known(batch, settle_many, encode, wait=wait)
-    # Outside development almost nobody is new, so only who turned out to be costs anything.
-    answers = _settle_known(batch, settle_many, encode, wait=wait)
-    new = {
-        drop_id: [
-            claim
-            for claim, answer in zip(batch[drop_id], of_drop, strict=True)
-            if isinstance(answer, UnknownUser)
-        ]
-        for drop_id, of_drop in answers.items()
-    }
-    new = {drop_id: claims for drop_id, claims in new.items() if claims}
-    if new:
-        create_users([claim.identity for claims in new.values() for claim in claims])
-        # It waits for the drops' locks: what was settled already can't be left out any more.
-        to_the_end = _settle_known(new, settle_many, encode, wait=Wait.AS_LONG_AS_IT_TAKES)
-        for drop_id, of_drop in to_the_end.items():
-            settled = iter(of_drop)
-            answers[drop_id] = [
-                next(settled) if isinstance(answer, UnknownUser) else answer
-                for answer in answers[drop_id]
-            ]
-    return answers
+        # Most of a development system's users are new.
+        _make_users(claim.identity for claims in batch.values() for claim in claims)
+    try:
+        return _settle(batch, settle_many, encode, wait=wait, refuse_new=False)
+    except NewUsers as exc:
+        # Nothing was committed: all are settled again, in the order in which they came.
+        _make_users(exc.identities)
+        return _settle(batch, settle_many, encode, wait=wait)
 
 
-def _settle_known(
+class NewUsers(Exception):
+    """Some of a batch are no users yet; elsewhere than in development, hardly anybody."""
+
+    def __init__(self, identities: Sequence[Identity]) -> None:
+        super().__init__(identities)
+        self.identities = identities
+
+
+def _settle(
     batch: dict[uuid.UUID, list[HotClaim]],
     settle_many: SettleMany,
     encode: Callable[[Any], Answer],
     *,
     wait: Wait,
+    refuse_new: bool = True,
 ) -> dict[uuid.UUID, list[Answer | APIException]]:
-    may_wait = wait is Wait.AS_LONG_AS_IT_TAKES
+    """Settle one batch.
+
+    Raises:
+        NewUsers: there are some, and ``refuse_new`` says not to refuse them. Nothing is changed.
+        IdempotencyInProgress: a key is in use; a batch of one has waited for it.
+    """
     requests = [(drop_id, claim) for drop_id, claims in batch.items() for claim in claims]
 
     def settle(indexes: list[int]) -> list[Any]:
@@ -154,32 +156,51 @@ def _settle_known(
             drop_id, request = requests[index]
             claims.setdefault(drop_id, []).append(request.claim)
             identities.setdefault(drop_id, []).append(request.identity)
-        outcomes = settle_many(claims, wait=wait)
+        with transaction.atomic(savepoint=False):
+            outcomes = settle_many(claims, wait=wait)
+            for drop_id in claims.keys() - outcomes.keys():
+                outcomes[drop_id] = (
+                    [LEFT_OUT] * len(claims[drop_id])
+                    if wait is Wait.NOT
+                    else _no_such_drop(identities[drop_id])
+                )
+            if not refuse_new and (new := _new_users(identities, outcomes)):
+                raise NewUsers(new)
+        # After the commit: the drops are free again.
         answers = {
             drop_id: iter(
                 [
-                    outcome if isinstance(outcome, APIException) else encode(outcome)
-                    for outcome in of_drop
+                    one if one is LEFT_OUT or isinstance(one, APIException) else encode(one)
+                    for one in of_drop
                 ]
             )
             for drop_id, of_drop in outcomes.items()
         }
-        for drop_id in claims.keys() - answers.keys():
-            if wait is Wait.NOT:
-                answers[drop_id] = iter([LEFT_OUT] * len(claims[drop_id]))
-            else:
-                answers[drop_id] = iter(_no_such_drop(identities[drop_id]))
         return [next(answers[requests[index][0]]) for index in indexes]
 
+    keys = [request.key for _, request in requests]
+    # A key is waited for where that keeps up nobody else.
+    may_wait = wait is Wait.AS_LONG_AS_IT_TAKES and len(requests) == 1
     try:
-        keys = [request.key for _, request in requests]
         settled = iter(answer_once(keys, settle, may_wait=may_wait))
     except IdempotencyInProgress:
-        if may_wait:
+        if wait is Wait.AS_LONG_AS_IT_TAKES:
             raise
-        return {}  # A key is waited for where that keeps up nobody else.
+        return {}
     answers = {drop_id: [next(settled) for _ in claims] for drop_id, claims in batch.items()}
     return {pk: of_drop for pk, of_drop in answers.items() if LEFT_OUT not in of_drop}
+
+
+def _new_users(
+    identities: dict[uuid.UUID, list[Identity]], outcomes: dict[uuid.UUID, list[Any]]
+) -> list[Identity]:
+    """Return who was refused for being no user yet."""
+    return [
+        identity
+        for drop_id, of_drop in outcomes.items()
+        for identity, outcome in zip(identities[drop_id], of_drop, strict=True)
+        if isinstance(outcome, UnknownUser) and not _was_just_made(identity)
+    ]
 
 
 def _no_such_drop(identities: Sequence[Identity]) -> list[APIException]:
@@ -189,12 +210,17 @@ def _no_such_drop(identities: Sequence[Identity]) -> list[APIException]:
     return [NotFound() if one.user_id in known else UnknownUser() for one in identities]
 
 
-def _make_unknown_users(requests: Sequence[HotClaim]) -> None:
-    """Make the users of a development system; committed before the batch needs them."""
-    unknown = {request.identity for request in requests}
-    unknown = {identity for identity in unknown if identity.user_id not in _known_users}
-    if unknown:
-        create_users(unknown)
-        if len(_known_users) > MAX_KNOWN_USERS:
-            _known_users.clear()
-        _known_users.update(identity.user_id for identity in unknown)
+def _make_users(identities: Iterable[Identity]) -> None:
+    """Make those users that this process hasn't made already; committed before the batch."""
+    now = time.monotonic()
+    new = {identity for identity in identities if not _was_just_made(identity)}
+    if new:
+        create_users(new)
+        if len(_made_at) > MAX_KNOWN_USERS:
+            _made_at.clear()
+        _made_at.update((identity.user_id, now) for identity in new)
+
+
+def _was_just_made(identity: Identity) -> bool:
+    """Say whether a refusal means that staff switched the user off, and not that it is new."""
+    return time.monotonic() - _made_at.get(identity.user_id, float("-inf")) < MADE_SECONDS

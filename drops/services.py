@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ from drops.exceptions import StockCommitted
 from drops.models import FOLLOWS_END, Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropSerializer
 from realtime.models import EventType
+from realtime.publisher import tell_followers
 from realtime.services import NewEvent, insert_events, publish_on_commit
 from users.models import User
 
@@ -354,6 +356,13 @@ def change_drop(locked: LockedDrop, changes: dict[str, Any], now: datetime) -> N
     if drop.status != DropStatus.DRAFT:
         is_published = status_before != DropStatus.DRAFT
         locked.record_drop(EventType.DROP_UPDATED if is_published else EventType.DROP_CREATED)
+    else:
+        tell_of_draft(drop)
+
+
+def tell_of_draft(drop: Drop) -> None:
+    """Have what this process remembers of a draft read anew: its changes are no events."""
+    transaction.on_commit(partial(tell_followers, str(drop.pk), []))
 
 
 def status_on_sale(drop: Drop, now: datetime) -> DropStatus:
@@ -445,6 +454,8 @@ def adjust_stock(variant_id: uuid.UUID, delta: int, *, reason: str, user: User) 
         locked.record_stock()
         # The total is not among what STOCK_UPDATED tells.
         locked.record_drop(EventType.DROP_UPDATED)
+    else:
+        tell_of_draft(locked.drop)
     adjustment = StockAdjustment.objects.create(
         variant=variant, delta=delta, reason=reason, created_by=user
     )

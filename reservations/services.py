@@ -33,7 +33,15 @@ from config.ids import new_id
 from config.problems import Refusal
 from drops.exceptions import format_instant, refusal_unless_live
 from drops.models import Drop, DropStatus, Variant
-from drops.services import LockedDrop, Wait, change_drop, lock_drop, lock_drops, save_drops
+from drops.services import (
+    BRIEF_WAIT_MS,
+    LockedDrop,
+    Wait,
+    change_drop,
+    lock_drop,
+    lock_drops,
+    save_drops,
+)
 from operations import metrics
 from realtime.models import EventType
 from reservations.exceptions import (
@@ -119,17 +127,24 @@ def reserve_many(drop_id: uuid.UUID, claims: Sequence[Claim]) -> list[Reservatio
     return outcomes[drop_id]
 
 
-@transaction.atomic
+# A savepoint in the caller's transaction would be two more round trips, for nothing.
+@transaction.atomic(savepoint=False)
 def reserve_on_drops(
     claims: Mapping[uuid.UUID, Sequence[Claim]], *, wait: Wait = Wait.AS_LONG_AS_IT_TAKES
 ) -> dict[uuid.UUID, list[Reservation | APIException]]:
     """Settle claims on several drops in one transaction, each drop's as ``reserve_many`` does.
 
     Left out are drops that don't exist and, with ``Wait.NOT``, those that somebody else keeps
-    locked.
+    locked, or one of their claimants.
     """
     if settings.MAX_ACTIVE_HOLDS:
-        lock_claimants(claim for of_drop in claims.values() for claim in of_drop)
+        busy = lock_claimants({claim.user_id for of in claims.values() for claim in of}, wait)
+        if busy:
+            claims = {
+                drop_id: of_drop
+                for drop_id, of_drop in claims.items()
+                if busy.isdisjoint(claim.user_id for claim in of_drop)
+            }
     locked_drops = lock_drops(claims, wait)
     shares, now = read_shares(
         (locked.drop, claim) for pk, locked in locked_drops.items() for claim in claims[pk]
@@ -401,17 +416,34 @@ def read_shares(
     return shares, now
 
 
-def lock_claimants(claims: Iterable[Claim]) -> None:
-    """Let nobody else reserve for these users until the end of the transaction.
+def lock_claimants(users: set[uuid.UUID], wait: Wait) -> set[uuid.UUID]:
+    """Let nobody else reserve for ``users`` until the end of the transaction.
 
     Without that, two drops could each count a hold less than the user will have. Taken
     before any drop's lock, and by id, so that nobody waits in a circle (docs/adr/0011).
+
+    Returns:
+        With ``Wait.NOT``, those whom somebody else keeps locked.
+    Raises:
+        OperationalError: by ``LockNotAvailable``, with ``Wait.BRIEFLY``: one is kept locked.
     """
     with connection.cursor() as cursor:
+        if wait is Wait.BRIEFLY:
+            cursor.execute(f"SET LOCAL lock_timeout = {BRIEF_WAIT_MS}")
+        skip = "SKIP LOCKED" if wait is Wait.NOT else ""
         cursor.execute(
-            "SELECT FROM users_user WHERE id = ANY(%b::uuid[]) ORDER BY id FOR NO KEY UPDATE",
-            [list({claim.user_id for claim in claims})],
+            f"""
+            SELECT id FROM users_user WHERE id = ANY(%b::uuid[])
+            ORDER BY id FOR NO KEY UPDATE {skip}
+            """,  # noqa: S608 - one of two constants
+            [list(users)],
         )
+        missing = users - {pk for (pk,) in cursor.fetchall()}
+        if wait is not Wait.NOT or not missing:
+            return set()
+        # Those who don't exist need no lock.
+        cursor.execute("SELECT id FROM users_user WHERE id = ANY(%b::uuid[])", [list(missing)])
+        return {pk for (pk,) in cursor.fetchall()}
 
 
 def read_active_holds(

@@ -1,6 +1,7 @@
 """A database that ends a session on its own: an outage that passes, and no mistake of ours."""
 
 import time
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -8,6 +9,7 @@ from django.db import InternalError, connection, transaction
 
 from config.problems import Unavailable, to_api_exception
 from drops.group_commit import Failure, settle_apart
+from drops.services import Wait
 from reservations.management.commands import expire_reservations
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -35,9 +37,10 @@ def test_the_client_is_told_to_try_again():
 
 
 def test_the_whole_batch_fails_at_once(caplog):
-    answers = settle_apart(stand_still_in_a_transaction, {"drop": ["one", "two"]}, True)
+    batch = {"drop": [SimpleNamespace(request="one"), SimpleNamespace(request="two")]}
+    (answered,) = settle_apart(stand_still_in_a_transaction, batch, Wait.BRIEFLY)
 
-    assert [type(answer) for answer in answers["drop"]] == [Failure] * 2
+    assert [type(answer) for _, answer in answered] == [Failure] * 2
     assert "a batch of 2 failed" in caplog.text
     assert "Traceback" not in caplog.text
 

@@ -1,12 +1,26 @@
+"""From a request to its batch: new users, keys that are in use, and whoever is locked."""
+
 import asyncio
+import time
+import uuid
+from collections import Counter
+from typing import Any
 
 import pytest
+from django.db import IntegrityError, OperationalError
 
-from drops import group_commit
+from drops import group_commit, hot_claims
+from drops.hot_claims import HotClaim
+from drops.models import Drop
+from drops.services import Wait
 from drops.tests.factories import DropFactory
+from reservations.asgi import settle_reserves
 from reservations.models import Reservation
+from reservations.services import Claim
 from tests.concurrency import another_session
-from tests.hot import hot_lane
+from tests.hot import Lane, hot_lane
+from users.identity import Identity
+from users.models import User
 from users.tests.factories import UserFactory
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -34,3 +48,149 @@ def test_nobody_waits_for_as_long_as_the_database_hangs(monkeypatch):
     # Whether or not the first request was settled after all: there is one hold.
     assert repeated.status == 201
     assert str(Reservation.objects.get().pk) == repeated.json()["id"]
+
+
+# --- New users --------------------------------------------------------------------------
+
+
+def hot_claim(user_id: uuid.UUID) -> HotClaim:
+    return HotClaim(Identity(user_id, None), None, Claim(user_id))
+
+
+@pytest.fixture(params=[True, False], ids=["development", "production"])
+def any_mode(request, settings):
+    settings.DEBUG = request.param
+
+
+def test_a_new_user_who_came_first_is_served_first(any_mode):
+    drop, known, new = DropFactory(total_stock=1), UserFactory(), uuid.uuid4()
+    batch = {drop.pk: [hot_claim(new), hot_claim(known.pk)]}
+
+    first, second = settle_reserves(batch, wait=Wait.BRIEFLY)[drop.pk]
+
+    assert (first.status, second.code) == (201, "fully_reserved")
+    assert Reservation.objects.get().user_id == new
+
+
+@pytest.mark.parametrize("error", [OperationalError("gone"), IntegrityError("odd")])
+def test_where_new_users_cannot_be_made_nothing_is_committed(any_mode, monkeypatch, error):
+    def fail(identities):
+        raise error
+
+    drop, known = DropFactory(), UserFactory()
+    monkeypatch.setattr(hot_claims, "create_users", fail)
+    batch = {drop.pk: [hot_claim(known.pk), hot_claim(uuid.uuid4())]}
+
+    with pytest.raises(type(error)):
+        settle_reserves(batch, wait=Wait.BRIEFLY)
+
+    assert not Reservation.objects.exists()
+
+
+def test_users_who_were_deleted_meanwhile_are_made_again(any_mode, monkeypatch):
+    monkeypatch.setattr(hot_claims, "MADE_SECONDS", 0.0)
+    user = uuid.uuid4()
+    for drop in DropFactory.create_batch(2):
+        (answer,) = settle_reserves({drop.pk: [hot_claim(user)]}, wait=Wait.BRIEFLY)[drop.pk]
+        assert answer.status == 201
+        Reservation.objects.all().delete()
+        User.objects.filter(pk=user).delete()
+
+
+def test_a_user_who_was_switched_off_costs_the_others_one_more_settling_a_second(
+    any_mode, monkeypatch
+):
+    drop, known, off = DropFactory(), UserFactory(), UserFactory(is_active=False)
+    batch = {drop.pk: [hot_claim(off.pk), hot_claim(known.pk)]}
+    settled = []
+    settle = hot_claims._settle
+    monkeypatch.setattr(
+        hot_claims,
+        "_settle",
+        lambda *args, **kwargs: settled.append(1) or settle(*args, **kwargs),
+    )
+
+    for _ in range(3):
+        refusal, answer = settle_reserves(batch, wait=Wait.BRIEFLY)[drop.pk]
+        assert refusal.code == "unknown_user"
+        assert answer.status in (200, 201)
+
+    assert len(settled) <= 4
+
+
+# --- What one request waits for, and the others don't -----------------------------------
+
+
+async def timed(lane: Lane, drop: Drop, user: Any, **headers: str) -> tuple[int, float]:
+    began = time.monotonic()
+    answer = await lane.post(f"/api/drops/{drop.pk}/reserve", user, {}, **headers)
+    return answer.status, time.monotonic() - began
+
+
+def test_a_key_that_stays_in_use_fails_its_request_alone():
+    drop, users = DropFactory(total_stock=100), UserFactory.create_batch(40)
+    waiting = users[25]
+
+    async def scene(lane):
+        return await asyncio.gather(
+            *(
+                timed(lane, drop, user, **({"Idempotency_Key": "one"} if user is waiting else {}))
+                for user in users
+            )
+        )
+
+    with another_session() as other:
+        other.execute(
+            "INSERT INTO users_idempotencykey"
+            " (user_id, route, key, fingerprint, body, created_at)"
+            " VALUES (%s, %s, 'one', '', '', now())",
+            [waiting.pk, f"POST /api/drops/{drop.pk}/reserve"],
+        )
+        with hot_lane() as lane:
+            answers = asyncio.run(scene(lane))
+
+    assert answers.pop(25)[0] == 409
+    assert Counter(status for status, _ in answers) == {201: 39}
+    # Who came before it doesn't wait for it.
+    assert max(seconds for _, seconds in answers[:20]) < 1.5
+
+
+def test_a_user_who_stays_locked_keeps_up_no_other_drop(settings):
+    settings.MAX_ACTIVE_HOLDS = 5
+    drops, users = DropFactory.create_batch(3), UserFactory.create_batch(3)
+
+    async def scene(lane):
+        return await asyncio.gather(
+            *(timed(lane, drop, user) for drop, user in zip(drops, users, strict=True))
+        )
+
+    with another_session() as other:
+        other.execute("SELECT FROM users_user WHERE id = %s FOR UPDATE", [users[0].pk])
+        with hot_lane() as lane:
+            (locked, _), *others = asyncio.run(scene(lane))
+
+    assert locked == 503
+    assert [status for status, _ in others] == [201, 201]
+    assert max(seconds for _, seconds in others) < 1.5
+
+
+def test_who_comes_to_a_locked_drop_that_still_waits_for_a_thread_is_told_at_once():
+    drops, user = DropFactory.create_batch(2 * group_commit.MAX_DROPS_APART + 1), UserFactory()
+
+    async def scene(lane):
+        first = asyncio.gather(*(timed(lane, drop, user) for drop in drops))
+        await asyncio.sleep(group_commit.MAX_WAIT_SECONDS + 0.7)
+        group = lane.application.routes[0].endpoint.group
+        waiting = next(pk for pk, apart in group._apart.items() if not apart.in_flight)
+        answer = await timed(lane, Drop(pk=waiting), user)
+        await first
+        return answer
+
+    with another_session() as other:
+        for drop in drops:
+            other.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [drop.pk])
+        with hot_lane() as lane:
+            status, seconds = asyncio.run(scene(lane))
+
+    assert status == 503
+    assert seconds < 1

@@ -125,6 +125,28 @@ def test_a_reservation_of_this_process_is_seen_at_once(reads):
     assert reads.count == 2
 
 
+@pytest.mark.parametrize("how", ["changed", "adjusted"])
+def test_a_draft_that_is_changed_in_this_process_is_seen_at_once(how, reads):
+    draft = DropFactory(draft=True, name="Old", total_stock=5)
+    variant_id = draft.variants.get().pk
+
+    async def scene(lane):
+        before = await lane.get(f"/api/drops/{draft.pk}")
+        if how == "changed":
+            await change(update_drop, draft.pk, name="New")
+        else:
+            await change(adjust_stock, variant_id, 2, reason="Found", user=draft.created_by)
+        etag = before.header("etag")
+        return await lane.get(f"/api/drops/{draft.pk}", **{"If-None-Match": etag})
+
+    after = play(scene)
+
+    assert after.status == 200
+    assert (after.json()["name"], after.json()["total_stock"]) == (
+        ("New", 5) if how == "changed" else ("Old", 7)
+    )
+
+
 def test_a_purchase_of_this_process_is_seen_at_once(reads):
     hold = ReservationFactory(drop__total_stock=1)
 
