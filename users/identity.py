@@ -28,6 +28,9 @@ NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060
 
 SIGNATURE = re.compile(r"t=([0-9]{1,12}(?:\.[0-9]{1,6})?),v1=([0-9a-f]{64})")
 SIGNATURE_SECONDS = 60
+# Around a header's value, and no more than these: where UTF-8 is still read as Latin-1, what
+# str.strip() takes for blanks is half of an à or an Å.
+BLANKS = " \t"
 # The signed parts are joined by dots, and a name may look like the end of another request's
 # address with another user behind it. No address of ours has a UUID after a dot.
 READS_TWO_WAYS = re.compile(rb"\." + USUAL_UUID.pattern.encode())
@@ -93,14 +96,14 @@ def read_signed_headers(asking: Asking) -> Identity | None:
     given = asking.header("x-auth-signature")
     if user_id is None and given is None:
         return None
-    parts = SIGNATURE.fullmatch(given.strip()) if given else None
+    parts = SIGNATURE.fullmatch(given.strip(BLANKS)) if given else None
     if user_id is None or parts is None:
         raise InvalidIdentity(
             "X-User-Id needs an X-Auth-Signature like t=1795370400.25,v1=<64 hex digits>."
         )
     if abs(time.time() - float(parts[1])) > SIGNATURE_SECONDS:
         raise InvalidIdentity("The signature's time is more than 60 seconds away from now.")
-    signed = signed_text(parts[1], asking, user_id.strip(), (name or "").strip())
+    signed = signed_text(parts[1], asking, user_id.strip(BLANKS), (name or "").strip(BLANKS))
     if READS_TWO_WAYS.search(asking.target) or not is_signed(signed, parts[2]):
         raise InvalidIdentity("The signature does not belong to this request.")
     identity = read_identity(user_id, name)
@@ -158,7 +161,7 @@ def read_identity(user_id: str | None, name: str | None) -> Identity | None:
     """
     if user_id is None:
         return None
-    text = user_id.strip()
+    text = user_id.strip(BLANKS)
     if not USUAL_UUID.fullmatch(text):
         raise InvalidIdentity
     parsed = uuid.UUID(text)

@@ -296,7 +296,15 @@ def javascript_example(secret, method, target, user_id, name, body):
 
 @pytest.mark.parametrize("example", [python_example, javascript_example])
 @pytest.mark.parametrize(
-    ("name", "body"), [("", b""), (" Zoë 👟 ", '{"quantity": 1, "ü": 0}'.encode())]
+    ("name", "body"),
+    [
+        ("", b""),
+        (" Zoë 👟 ", '{"quantity": 1, "ü": 0}'.encode()),
+        # Their last bytes are blanks in Latin-1.
+        ("Nicolà", b""),
+        ("SOFÅ", b""),
+        ("Лёх", b""),
+    ],
 )
 def test_the_examples_sign_what_is_believed(example, name, body):
     headers = example(SECRETS[0], "POST", TARGET, ADA, name, body)
