@@ -24,7 +24,11 @@ from users.models import User
 # person several spellings in logs, caches and rate limits.
 USUAL_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 NAME_LENGTH = range(3, 51)
-NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+NOT_PRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069"
+    # Halves of characters, which JSON can hold and the database can't; tags.
+    r"\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
+)
 
 SIGNATURE = re.compile(r"t=([0-9]{1,12}(?:\.[0-9]{1,6})?),v1=([0-9a-f]{64})")
 SIGNATURE_SECONDS = 60

@@ -98,15 +98,27 @@ def key_for(token: str) -> Any:
 
 
 def user_id_of(claims: dict[str, Any]) -> uuid.UUID:
-    """Return ``sub``, or where the provider's ids are no UUIDs, one that stands for it."""
+    """Return ``sub``, or where the provider's ids are no UUIDs, one that stands for it.
+
+    Raises:
+        InvalidIdentity: it can't stand for anybody.
+    """
     subject = claims["sub"]
     try:
         user_id = uuid.UUID(subject)
     except ValueError:
-        return uuid.uuid5(uuid.NAMESPACE_URL, f"{claims['iss']}\n{subject}")
+        return hashed_id(claims["iss"], subject)
     if not user_id.int:
         raise InvalidIdentity("The token is not valid: its sub is the nil UUID.")
     return user_id
+
+
+def hashed_id(issuer: str, subject: str) -> uuid.UUID:
+    try:
+        return uuid.uuid5(uuid.NAMESPACE_URL, f"{issuer}\n{subject}")
+    except UnicodeEncodeError:
+        # JSON can hold halves of characters.
+        raise InvalidIdentity("The token can't be read.") from None
 
 
 def name_of(claims: dict[str, Any]) -> str | None:

@@ -57,6 +57,13 @@ def test_names_a_user_after_the_claims():
     assert identity_of(bearer(ADA, name=["Ada"])).name is None
 
 
+@pytest.mark.parametrize("name", ["\ud800Ada", "Ada\u061c", "A\u180eda", "Ada\U000e0041\U000e007f"])
+def test_a_name_keeps_no_halves_of_characters_and_nothing_invisible(client_of, db, name):
+    response = client_of().get("/api/me", headers=bearer(ADA, name=name))
+
+    assert response.json() == {"id": ADA, "username": "Ada"}
+
+
 def test_a_subject_that_is_no_uuid_stands_for_the_same_user_each_time():
     first, second = (identity_of(bearer("auth0|5f7c8ec7", jti=jti)) for jti in "ab")
 
@@ -93,6 +100,7 @@ def bad_tokens():
         "a number as a subject": jwt.encode(
             {"sub": 5, "aud": AUDIENCE, "iss": ISSUER, "exp": now + 60}, private_key(), "RS256"
         ),
+        "half a character in the subject": token("\ud800x"),
         "the nil UUID": token("00000000-0000-0000-0000-000000000000"),
         "exp as a word": token(ADA, exp="soon"),
         "exp beyond all time": token(ADA, exp=10**400),
