@@ -19,10 +19,8 @@ from config.quick_settings import quick_settings
 from users import tokens
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.models import User
+from users.tokens import USUAL_UUID
 
-# Only the usual form: what uuid.UUID also takes (braces, urn:, no hyphens) would give one
-# person several spellings in logs, caches and rate limits.
-USUAL_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 NAME_LENGTH = range(3, 51)
 NOT_PRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -18,6 +19,9 @@ from users.exceptions import InvalidIdentity
 
 logger = logging.getLogger(__name__)
 
+# Only the usual form: what uuid.UUID also takes (braces, urn:, no hyphens) would give one
+# person several spellings in logs, caches and rate limits, and one id to several subjects.
+USUAL_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 REQUIRED = ["exp", "aud", "iss", "sub"]
 MAX_TOKEN_LENGTH = 8192
 # What the clocks of the provider and of this machine may differ by.
@@ -98,16 +102,15 @@ def key_for(token: str) -> Any:
 
 
 def user_id_of(claims: dict[str, Any]) -> uuid.UUID:
-    """Return ``sub``, or where the provider's ids are no UUIDs, one that stands for it.
+    """Return ``sub``, or where that is no UUID in the usual form, one that stands for it.
 
     Raises:
         InvalidIdentity: it can't stand for anybody.
     """
     subject = claims["sub"]
-    try:
-        user_id = uuid.UUID(subject)
-    except ValueError:
+    if not USUAL_UUID.fullmatch(subject):
         return hashed_id(claims["iss"], subject)
+    user_id = uuid.UUID(subject)
     if not user_id.int:
         raise InvalidIdentity("The token is not valid: its sub is the nil UUID.")
     return user_id

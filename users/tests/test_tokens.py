@@ -70,6 +70,16 @@ def test_a_subject_that_is_no_uuid_stands_for_the_same_user_each_time():
     assert first.user_id == second.user_id != identity_of(bearer("auth0|5f7c8ec8")).user_id
 
 
+@pytest.mark.parametrize(
+    "subject", [f"{{{ADA}}}", f"urn:uuid:{ADA}", ADA.replace("-", ""), f" {ADA}", f"{ADA}\n"]
+)
+def test_a_subject_that_only_looks_like_a_uuid_is_somebody_else(subject):
+    assert identity_of(bearer(ADA.upper())).user_id == uuid.UUID(ADA)
+    assert identity_of(bearer(subject)).user_id == uuid.uuid5(
+        uuid.NAMESPACE_URL, f"{ISSUER}\n{subject}"
+    )
+
+
 def test_plain_headers_say_nothing_here():
     assert identity_of({"X-User-Id": ADA}) is None
 
