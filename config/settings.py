@@ -247,6 +247,8 @@ if IDENTITY_MODE == "jwt":
         JWT_KEY = env.required(
             "JWT_KEY", "when IDENTITY_MODE is jwt, unless JWT_JWKS_FILE is"
         ).replace("\\n", "\n")
+        if set(JWT_ALGORITHMS) <= env.SECRET_ALGORITHMS:
+            JWT_KEY = env.secret("JWT_KEY")
     JWT_AUDIENCE = env.required("JWT_AUDIENCE", "when IDENTITY_MODE is jwt")
     JWT_ISSUER = env.required("JWT_ISSUER", "when IDENTITY_MODE is jwt")
 # A verified identity that is new becomes a user; in development any UUID does.

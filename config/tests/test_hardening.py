@@ -83,6 +83,16 @@ UNUSABLE = {
         {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "RS256,HS256"},
         "JWT_ALGORITHMS",
     ),
+    "a short secret for tokens": (
+        {
+            "IDENTITY_MODE": "jwt",
+            "JWT_KEY": "hunter2",
+            "JWT_ALGORITHMS": "HS256",
+            "JWT_AUDIENCE": "drops",
+            "JWT_ISSUER": "us",
+        },
+        "JWT_KEY",
+    ),
     "no algorithm at all": (
         {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "none"},
         "JWT_ALGORITHMS",
