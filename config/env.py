@@ -13,6 +13,8 @@ import environ
 _env = environ.Env()
 
 SECRET_LENGTH = 32
+# How the secrets of docs/examples begin, which everybody can read.
+PLACEHOLDER = "change-me"
 PUBLIC_KEY_ALGORITHMS = {
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512", "EdDSA"),
@@ -91,6 +93,8 @@ def secrets(name: str, *, at_most: int) -> list[str]:
     if not 1 <= len(values) <= at_most or any(len(v) < SECRET_LENGTH for v in values):
         allowed = f"1 to {at_most} secrets, comma-separated, of {SECRET_LENGTH} characters or more"
         raise InvalidSetting(name, "***" if values else "", f"it must be {allowed}")
+    for value in values:
+        refuse_placeholder(name, value)
     return values
 
 
@@ -99,7 +103,21 @@ def secret(name: str) -> str:
     value = text(name, "")
     if value and len(value) < SECRET_LENGTH:
         raise InvalidSetting(name, "***", f"it must have {SECRET_LENGTH} characters or more")
+    refuse_placeholder(name, value)
     return value
+
+
+def secret_key(name: str) -> str:
+    """Return Django's secret, for outside DEBUG."""
+    value = required(name, "when DEBUG is off (50 random characters or more)")
+    refuse_placeholder(name, value)
+    return value
+
+
+def refuse_placeholder(name: str, value: str) -> None:
+    if value.lower().startswith(PLACEHOLDER):
+        allowed = f"{PLACEHOLDER}... stands in the examples for a random secret of your own"
+        raise InvalidSetting(name, f"{PLACEHOLDER}...", allowed)
 
 
 def folder(name: str) -> str:

@@ -19,7 +19,7 @@ DEBUG = env.boolean("DEBUG", False)
 SECRET_KEY = (
     env.text("SECRET_KEY", "insecure-key-for-development-only")
     if DEBUG
-    else env.required("SECRET_KEY", "when DEBUG is off (50 random characters or more)")
+    else env.secret_key("SECRET_KEY")
 )
 ALLOWED_HOSTS = env.comma_separated("ALLOWED_HOSTS")
 PORT = env.integer("PORT", 4000, minimum=1, maximum=65535)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import subprocess
 import sys
 import uuid
@@ -27,11 +28,22 @@ from tests.hot import hot_lane, viewset_lane
 from users.identity import public_id
 from users.tests.factories import UserFactory
 
-PRODUCTION = dict(
+EXAMPLE = dict(
     line.split("=", 1)
     for line in (settings.BASE_DIR / "docs/examples/production.env").read_text().splitlines()
     if line and not line.startswith("#")
 )
+
+
+def with_own_secrets(example: dict[str, str]) -> dict[str, str]:
+    """Do what an example asks for: put a secret where it says "change-me"."""
+    return {
+        name: secrets.token_hex(32) if value.startswith("change-me") else value
+        for name, value in example.items()
+    }
+
+
+PRODUCTION = with_own_secrets(EXAMPLE)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -132,6 +144,19 @@ def test_a_start_without_protection_is_refused_in_one_line():
         assert line.startswith(f"{variable}="), (name, line)
         assert "hunter2" not in line
         assert SECRET not in line
+
+
+def test_the_secrets_of_the_example_are_refused():
+    names = ["SECRET_KEY", "GATEWAY_SECRETS", "METRICS_TOKEN"]
+    changes = [{name: EXAMPLE[name]} for name in names]
+    second = {"GATEWAY_SECRETS": f"{SECRET},{EXAMPLE['GATEWAY_SECRETS']}"}
+
+    lines = starts(*changes, second, {"DEBUG": "true", "SECRET_KEY": EXAMPLE["SECRET_KEY"]})
+
+    for name, line in zip([*names, "GATEWAY_SECRETS"], lines[:-1], strict=True):
+        assert line.startswith(f"{name}='change-me...' is not usable: "), line
+    assert SECRET not in lines[3]
+    assert lines[-1] == "fine"
 
 
 def test_headers_may_be_trusted_where_somebody_says_so():
