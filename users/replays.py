@@ -5,6 +5,7 @@ its own, and sales go on; docs/adr/0010 says what that leaves open.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,8 @@ from django.conf import settings
 from config.redis import ask_redis, client
 from users.exceptions import InvalidIdentity
 from users.identity import SIGNATURE_SECONDS, Identity
+
+logger = logging.getLogger(__name__)
 
 # A signature may be as far ahead of our clock as behind it.
 LIFETIME_SECONDS = 2 * SIGNATURE_SECONDS + 1
@@ -74,7 +77,13 @@ class UsedSignatures:
                     self._is_asking = False
                     return
             signatures = [signature for signature, _ in batch]
-            answers = ask_redis(lambda: use_all(signatures), lambda: [True] * len(signatures))  # noqa: B023 - called at once
+            unknown = [True] * len(signatures)
+            try:
+                answers = ask_redis(lambda: use_all(signatures), lambda: unknown)  # noqa: B023 - called at once
+            except Exception:
+                # Those who wait must be answered, and those who come next be asked for.
+                logger.exception("Redis can't be asked for used signatures")
+                answers = unknown
             for (_, is_first), answer in zip(batch, answers, strict=True):
                 # Its request may have been given up meanwhile.
                 if is_first.set_running_or_notify_cancel():

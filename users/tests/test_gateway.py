@@ -188,6 +188,16 @@ def test_without_redis_each_process_refuses_its_own_replays(monkeypatch):
     assert not process.use(identity.signature).result(timeout=5)
 
 
+def test_an_unexpected_error_leaves_nobody_waiting(monkeypatch, caplog):
+    monkeypatch.setattr(replays, "ask_redis", lambda ask, instead: 1 / 0)
+    process = replays.UsedSignatures()
+
+    for number in range(3):
+        assert process.use(number.to_bytes(32)).result(timeout=5)
+        assert not process.use(number.to_bytes(32)).result(timeout=5)
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError] * 3
+
+
 def test_own_signatures_are_forgotten_when_they_are_too_many_or_too_old(monkeypatch):
     monkeypatch.setattr(replays, "ask_redis", lambda ask, instead: instead())
     monkeypatch.setattr(replays, "MAX_OWN", 10)
