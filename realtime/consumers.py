@@ -32,6 +32,7 @@ from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
 from realtime.wire import Connection, connection_of, write_now
 from users.exceptions import InvalidIdentity, UnknownUser
 from users.identity import identify_socket, refuse_unknown
+from users.replays import refuse_replay_soon
 
 SERVICE_RESTART = 1012
 TRY_AGAIN_LATER = 1013
@@ -427,11 +428,12 @@ async def identify(scope: dict[str, Any], ticket: str | None) -> uuid.UUID | Non
     """Return whose socket this is, by its headers or else by its ticket; None is nobody's.
 
     Raises:
-        Closing: the headers, or the ticket, are not valid.
+        Closing: the headers, or the ticket, are not valid, or were used before.
     """
     try:
         identity = identify_socket(scope)
         if identity is not None:
+            await refuse_replay_soon(identity)
             await database_sync_to_async(refuse_unknown)(identity)
             return identity.user_id
     except InvalidIdentity:

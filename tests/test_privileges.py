@@ -287,6 +287,25 @@ def test_sockets_open_for_everybody_but_liars(mode, servers):
     }
 
 
+def test_a_replayed_handshake_opens_no_socket(servers):
+    """It would get the news that are for the user alone, long after the handshake."""
+    world = World()
+
+    async def fill() -> dict[str, list[Any]]:
+        cells = {}
+        for socket in SOCKETS:
+            target = world.address(socket)
+            captured, fresh = (signed("GET", target, world.user) for _ in range(2))
+            cells[socket] = [await open_socket(target, h) for h in (captured, captured, fresh)]
+        await database_sync_to_async(lambda: connection.close())()
+        return cells
+
+    with identity_mode("gateway"):
+        cells = asyncio.run(fill())
+    opens_once = [SOCKET_IS_OPEN, SOCKET_IS_REFUSED, SOCKET_IS_OPEN]
+    assert cells == dict.fromkeys(SOCKETS, opens_once)
+
+
 @LANES
 def test_only_staff_create_drops_where_the_setting_says_so(lane, settings):
     settings.DROP_CREATORS = "staff"

@@ -61,6 +61,7 @@ class Asking:
     target: bytes
     header: Callable[[str], str | None]
     body: Callable[[], bytes]
+    opens_socket: bool = False
 
 
 def identify(asking: Asking) -> Identity | None:
@@ -73,12 +74,12 @@ def identify(asking: Asking) -> Identity | None:
 
 
 def identify_socket(scope: dict[str, Any]) -> Identity | None:
-    """Return who opens a WebSocket; see ``identify``."""
+    """Return who opens a WebSocket; see ``identify``. A signature opens one."""
     headers: dict[str, str] = {}
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1"), value.decode("latin-1")
         headers[key] = f"{headers[key]},{text}" if key in headers else text
-    return identify(Asking("GET", raw_target(scope), headers.get, bytes))
+    return identify(Asking("GET", raw_target(scope), headers.get, bytes, opens_socket=True))
 
 
 def raw_target(scope: dict[str, Any]) -> bytes:
@@ -109,7 +110,8 @@ def read_signed_headers(asking: Asking) -> Identity | None:
     if READS_TWO_WAYS.search(asking.target) or not is_signed(signed, parts[2]):
         raise InvalidIdentity("The signature does not belong to this request.")
     identity = read_identity(user_id, name)
-    if identity is None or asking.method in CHANGES_NOTHING:
+    may_repeat = asking.method in CHANGES_NOTHING and not asking.opens_socket
+    if identity is None or may_repeat:
         return identity
     return Identity(identity.user_id, identity.name, bytes.fromhex(parts[2]))
 
