@@ -253,12 +253,17 @@ def create_users(identities: Iterable[Identity]) -> None:
 
 
 def wanted_name(identity: Identity) -> str:
-    return identity.name or f"user_{identity.user_id.hex[:12]}"
+    return identity.name or f"user_{public_hex(identity)[:12]}"
 
 
-# The second is free as a rule, the third always: it is the id.
+def public_hex(identity: Identity) -> str:
+    """Return digits for a made-up name: everybody sees it, so they give away no hidden id."""
+    return uuid.UUID(public_id(identity.user_id)).hex
+
+
+# The second is free as a rule, the third always: it is the id, or the hash of it.
 NAME_ATTEMPTS: tuple[Callable[[Identity], str], ...] = (
     wanted_name,
-    lambda identity: f"{wanted_name(identity)}_{identity.user_id.hex[-6:]}",
-    lambda identity: identity.user_id.hex,
+    lambda identity: f"{wanted_name(identity)}_{public_hex(identity)[-6:]}",
+    public_hex,
 )

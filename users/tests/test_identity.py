@@ -5,7 +5,7 @@ import pytest
 
 from tests.concurrency import at_once
 from users.exceptions import InvalidIdentity, UnknownUser
-from users.identity import Identity, get_user, read_identity
+from users.identity import Identity, get_user, public_id, read_identity
 from users.models import User
 from users.tests.factories import UserFactory
 
@@ -129,6 +129,21 @@ def test_a_suffix_fits_the_longest_name(db):
     UserFactory(username="x" * 50)
 
     assert get_user(read_identity(SOMEBODY, "x" * 60)).username == "x" * 50 + "_bde3fb"
+
+
+def test_made_up_names_give_no_opaque_id_away(db, settings):
+    settings.PUBLIC_USER_IDS = "opaque"
+    pk = uuid.UUID(SOMEBODY)
+    known_as = uuid.UUID(public_id(pk)).hex
+    names = []
+    for name, taken in [(None, []), ("Ada", ["Ada"]), ("Ada", ["Ada", f"Ada_{known_as[-6:]}"])]:
+        User.objects.all().delete()
+        for username in taken:
+            UserFactory(username=username)
+        names.append(get_user(Identity(pk, name)).username)
+
+    assert names == [f"user_{known_as[:12]}", f"Ada_{known_as[-6:]}", known_as]
+    assert not [name for name in names if pk.hex[:12] in name or pk.hex[-6:] in name]
 
 
 def test_does_not_know_a_user_whom_staff_switched_off(client_of, db):
