@@ -15,7 +15,12 @@ Message = dict[str, Any]
 # These carry a state, so that the newest tells all that the ones before it told.
 STATES = frozenset(
     kind.value
-    for kind in (EventType.STOCK_UPDATED, EventType.ACTIVITY_UPDATED, EventType.DROP_UPDATED)
+    for kind in (
+        EventType.DROP_CREATED,
+        EventType.DROP_UPDATED,
+        EventType.STOCK_UPDATED,
+        EventType.ACTIVITY_UPDATED,
+    )
 )
 
 

@@ -333,6 +333,34 @@ def test_who_reads_again_gets_the_newest_states_and_every_purchase(monkeypatch):
     in_loop(scenario)
 
 
+def test_who_reads_again_learns_of_a_new_drop_before_its_newest_stock():
+    known, new = drop_with_events(0), drop_with_events(0)
+
+    async def scenario() -> None:
+        slow, quick = [await following("/ws/drops") for _ in range(2)]
+        hub = hub_module.get_hub()
+        slow.reads.clear()
+        # On its way already, so that what comes now waits.
+        await hub._take(message(known, 1))
+        await quick.next()
+        kinds = {1: "DROP_CREATED", 30: STOCK}
+        for seq in range(1, 31):
+            kind = kinds.get(seq, "PURCHASE_COMPLETED")
+            await hub._take(message(new, seq, kind=kind))
+            await quick.up_to(seq)
+        slow.reads.set()
+        assert (await slow.next())["dropId"] == str(known.pk)
+        frames = await slow.up_to(30)
+        assert [(frame["type"], frame["prev"], frame["seq"]) for frame in frames] == [
+            ("DROP_CREATED", 0, 1),
+            ("PURCHASE_COMPLETED", 1, 10),
+            *(("PURCHASE_COMPLETED", seq - 1, seq) for seq in range(11, 30)),
+            (STOCK, 29, 30),
+        ]
+
+    in_loop(scenario)
+
+
 def test_who_does_not_read_is_closed_and_holds_up_nobody(monkeypatch):
     monkeypatch.setattr(consumers, "SLOWEST_READ_SECONDS", 0.3)
     monkeypatch.setattr(consumers, "CLOSE_SECONDS", 0.3)

@@ -293,6 +293,38 @@ def test_purchases_in_a_rush_keep_their_own_frames(monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
+def test_a_crowd_learns_of_a_new_drop_however_much_follows_and_ends_with_its_newest_stock(
+    monkeypatch,
+):
+    # As with so many sockets that a turn has the fewest of the events that carry no state.
+    monkeypatch.setattr(hub_module, "SENDS_OF_SINGLES_PER_TURN", 1)
+    drop, sockets = drop_with_events(0), [Socket() for _ in range(20)]
+    kinds = [
+        *("DROP_CREATED", STOCK, "DROP_UPDATED"),
+        *["PURCHASE_COMPLETED", "RESERVATION_EXPIRED"] * 60,
+        STOCK,
+    ]
+    news = message(drop, *range(1, len(kinds) + 1))
+    for event, kind in zip(news["events"], kinds, strict=True):
+        event["type"] = kind
+
+    async def scenario(hub: Hub) -> None:
+        for socket in sockets:
+            hub.watch_all(socket)
+        await hub._take(news)
+        for socket in sockets:
+            frames = await socket.up_to(124)
+            assert [(frame["type"], frame["prev"], frame["seq"]) for frame in frames] == [
+                ("DROP_CREATED", 0, 1),
+                ("DROP_UPDATED", 1, 3),
+                *((kinds[seq - 1], 3 if seq == 119 else seq - 1, seq) for seq in range(119, 124)),
+                (STOCK, 123, 124),
+            ]
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
 def test_those_who_come_together_share_one_reading(monkeypatch):
     drop = drop_with_events(3)
     readings: list[str | None] = []
