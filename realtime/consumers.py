@@ -263,8 +263,13 @@ class DropConsumer(Consumer):
                 since = frame.seq
             # The next page only when the client has read this one.
             await self._flushed()
+            if self.outbox is None:
+                return True
             if len(frames) < REPLAY_PAGE and since >= sent:
                 break
+            if not frames:
+                # The numbers went back meanwhile: what was sent by then will never be reached.
+                return False
         self._continue_from({drop_id: since})
         self._flush()
         return True

@@ -12,10 +12,11 @@ from asgiref.sync import sync_to_async
 from django.db.models import F
 
 from config.database import read_clock
+from drops.models import Drop
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
 from purchases.services import purchase
-from realtime import consumers
+from realtime import consumers, log
 from realtime import hub as hub_module
 from realtime.limits import open_connections
 from realtime.models import Event, SocketTicket
@@ -113,6 +114,51 @@ def test_gets_the_state_where_too_much_was_missed(monkeypatch):
     async def scenario() -> None:
         assert (await Socket(f"/ws/drops/{drop.pk}?since=1").next())["type"] == "SNAPSHOT"
         assert (await Socket(f"/ws/drops/{drop.pk}?since=2").next())["seq"] == 3
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("since", [3, 5])
+def test_gets_the_state_where_the_numbers_went_back(monkeypatch, since):
+    # The hub does not know of it yet, and keeps no state of before.
+    monkeypatch.setattr(hub_module, "CATCH_UP_SECONDS", 60)
+    monkeypatch.setattr(hub_module, "SNAPSHOT_SECONDS", 0)
+    drop = drop_with_events(10)
+
+    async def scenario() -> None:
+        await following(f"/ws/drops/{drop.pk}")
+        await sync_to_async(restore)(drop)
+        socket = Socket(f"/ws/drops/{drop.pk}?since={since}")
+        frames = [await socket.next() for _ in range(since, 6)]
+        assert [frame.get("seq") for frame in frames] == [*range(since + 1, 6), None]
+        assert frames[-1]["data"]["drops"][0]["seq"] == 5
+
+    in_loop(scenario)
+
+
+def restore(drop: Any) -> None:
+    """Bring back the time when the fifth event was the newest."""
+    Event.objects.filter(drop=drop, seq__gt=5).delete()
+    Drop.objects.filter(pk=drop.pk).update(seq=5)
+
+
+def test_a_past_that_is_replaced_while_it_is_told_ends_the_socket(monkeypatch):
+    monkeypatch.setattr(hub_module, "CATCH_UP_SECONDS", 60)
+    drop = drop_with_events(10)
+
+    async def scenario() -> None:
+        await following(f"/ws/drops/{drop.pk}")
+        await sync_to_async(restore)(drop)
+        loop, hub, read = asyncio.get_running_loop(), hub_module.get_hub(), log.missed_events
+
+        def read_and_start_over(drop_id: str, seq: int, limit: int) -> Any:
+            if seq == 5:
+                loop.call_soon_threadsafe(hub._start_over, drop_id, 5)
+            return read(drop_id, seq, limit)
+
+        monkeypatch.setattr(log, "missed_events", read_and_start_over)
+        socket = Socket(f"/ws/drops/{drop.pk}?since=3")
+        assert await socket.close_code() == consumers.SERVICE_RESTART
 
     in_loop(scenario)
 
