@@ -74,7 +74,10 @@ class EventStreams:
         except Exception as exc:
             return await refuse(request, to_api_exception(exc), send)
         record.status, record.drop_id = 200, stream.drop_id
-        await stream.run(receive, send)
+        try:
+            await stream.run(receive, send)
+        finally:
+            open_connections.leave(stream.address)
 
 
 def with_any_accept(scope: Scope) -> Scope:
@@ -83,7 +86,7 @@ def with_any_accept(scope: Scope) -> Scope:
 
 
 async def open_stream(request: HotRequest) -> "EventStream":
-    """Return the stream that ``request`` asks for.
+    """Return the stream that ``request`` asks for; it counts as open from then on.
 
     Raises:
         APIException: why there is none.
@@ -100,8 +103,14 @@ async def open_stream(request: HotRequest) -> "EventStream":
         raise ProcessIsFull
     if open_connections.is_full_for(address):
         raise TooManyStreams
-    await database_sync_to_async(log.published_seq)(str(drop_id))
-    await get_hub().start()
+    # At once: of many who come together each must see those before it.
+    open_connections.enter(address)
+    try:
+        await database_sync_to_async(log.published_seq)(str(drop_id))
+        await get_hub().start()
+    except BaseException:
+        open_connections.leave(address)
+        raise
     return EventStream(request, str(drop_id), after, address)
 
 
@@ -163,7 +172,6 @@ class EventStream:
 
     async def run(self, receive: Receive, send: Send) -> None:
         hub = get_hub()
-        open_connections.enter(self.address)
         hub.listen(self, self.drop_id)
         stop_with_server(self)
         waiting_send = backpressure.waiting_send(send)
@@ -177,7 +185,6 @@ class EventStream:
             telling.cancel()
             leaving.cancel()
             hub.unlisten(self, self.drop_id)
-            open_connections.leave(self.address)
             _streams.discard(self)
             with contextlib.suppress(Exception):
                 backpressure.finish(send)

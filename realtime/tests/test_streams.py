@@ -1,5 +1,6 @@
 """The event log over HTTP: pages, and server-sent events of real servers."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,7 +20,10 @@ from django.core.management import CommandError, call_command
 from config.database import read_clock
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from realtime.asgi import EventStreams
+from realtime.limits import open_connections
 from realtime.models import Event
+from realtime.tests.sockets import in_loop
 from realtime.tests.test_hub import drop_with_events
 from tests.servers import WebServer, running_web_servers
 
@@ -189,6 +193,55 @@ def test_streams_are_counted_and_end_with_their_server():
                     stream.next()
         assert server.wait(10) in (0, -signal.SIGTERM)
         assert "Traceback" not in server.log
+
+
+def test_streams_that_come_together_pass_no_limit(settings):
+    settings.SOCKETS_PER_ADDRESS, settings.SOCKETS_PER_PROCESS = 2, 3
+    drop, application = drop_with_events(1), EventStreams(never)
+    answers: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            answers.put_nowait(message)
+
+    def ask(address: str, drop_id: Any = drop.pk) -> asyncio.Future[None]:
+        path = f"/api/drops/{drop_id}/events"
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "scheme": "http",
+            "headers": [(b"host", b"testserver"), (b"accept", b"text/event-stream")],
+            "client": [address, 50000],
+        }
+        return asyncio.ensure_future(application(scope, asyncio.Event().wait, send))
+
+    async def scenario() -> None:
+        assert open_connections.total == 0
+        streams = [ask(address) for address in ["10.0.0.1", "10.0.0.2"] for _ in range(9)]
+        statuses = [(await asyncio.wait_for(answers.get(), 5))["status"] for _ in streams]
+        assert sorted(statuses) == [200] * 3 + [429] * 7 + [503] * 8
+        assert open_connections.total == 3
+        for stream in streams:
+            stream.cancel()
+        await asyncio.wait(streams)
+        # Also what is refused later counts no more.
+        await ask("10.0.0.1", uuid.uuid4())
+        assert (await answers.get())["status"] == 404
+        # And who is cut off before the stream begins.
+        early = ask("10.0.0.1")
+        await asyncio.sleep(0)
+        early.cancel()
+        await asyncio.wait([early])
+        assert (open_connections.total, open_connections._by_address) == (0, {})
+
+    in_loop(scenario)
+
+
+async def never(*_: Any) -> None:
+    raise AssertionError("a stream was asked for")
 
 
 # --- Who does not read ------------------------------------------------------------------
