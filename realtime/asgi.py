@@ -16,11 +16,12 @@ from urllib.parse import parse_qsl
 from channels.db import database_sync_to_async
 from rest_framework.exceptions import APIException, NotFound, ValidationError
 
-from config.answers import cors_headers
+from config.answers import security_headers
 from config.asgi_types import Application, Receive, Scope, Send
 from config.hot_routes import (
     FallThrough,
     HotRequest,
+    added_headers,
     parse_uuid,
     problem_answer,
     read_request,
@@ -32,7 +33,7 @@ from realtime.exceptions import ProcessIsFull, TooManyStreams
 from realtime.frames import EventFrame, Message
 from realtime.hub import get_hub
 from realtime.limits import open_connections
-from users.identity import identify
+from users.identity import identify, refuse_unknown
 
 ADDRESS = re.compile(r"/api/drops/([^/]+)/events/?")
 HEARTBEAT = b": heartbeat\n\n"
@@ -98,7 +99,7 @@ async def open_stream(request: HotRequest) -> "EventStream":
     after = read_after(request)
     address = request.client_address()
     user_id = request.record.user_id = identity.user_id if identity else None
-    await rate_limits().check_soon("socket", user_id, lambda: address)
+    request.answer_headers = await rate_limits().check_soon("socket", user_id, lambda: address)
     if open_connections.is_full:
         raise ProcessIsFull
     if open_connections.is_full_for(address):
@@ -106,6 +107,8 @@ async def open_stream(request: HotRequest) -> "EventStream":
     # At once: of many who come together each must see those before it.
     open_connections.enter(address)
     try:
+        if identity is not None:
+            await database_sync_to_async(refuse_unknown)(identity)
         await database_sync_to_async(log.published_seq)(str(drop_id))
         await get_hub().start()
     except BaseException:
@@ -141,9 +144,9 @@ async def refuse(request: HotRequest, error: APIException, send: Send) -> None:
 def common_headers(request: HotRequest) -> list[tuple[bytes, bytes]]:
     return [
         (b"x-request-id", request.request_id.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"vary", b"accept, origin"),
-        *cors_headers(request.header(b"origin")),
+        *security_headers(request.scheme),
+        (b"vary", b"accept"),
+        *added_headers(request),
     ]
 
 

@@ -26,6 +26,7 @@ from realtime.models import Event
 from realtime.tests.sockets import in_loop
 from realtime.tests.test_hub import drop_with_events
 from tests.servers import WebServer, running_web_servers
+from users.tests.factories import UserFactory
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -165,6 +166,7 @@ def test_a_stream_goes_on_where_the_one_before_ended(web_server, query, headers)
 @pytest.mark.servers
 def test_a_stream_refuses_as_the_pages_do(web_server):
     drop, draft = drop_with_events(1), DropFactory(draft=True)
+    switched_off = str(UserFactory(is_active=False).pk)
 
     for drop_id, query, headers, expected in [
         (draft.pk, "", {}, (404, "not_found")),
@@ -173,10 +175,38 @@ def test_a_stream_refuses_as_the_pages_do(web_server):
         (drop.pk, "?after=x", {}, (400, "validation_error")),
         (drop.pk, "", {"Last_Event_ID": "9" * 5000}, (400, "validation_error")),
         (drop.pk, "", {"X_User_Id": "me"}, (401, "invalid_identity")),
+        (drop.pk, "", {"X_User_Id": switched_off}, (401, "unknown_user")),
     ]:
         with streaming(web_server, drop_id, query, **headers) as stream:
             stream.answer.read()
             assert (stream.answer.status_code, stream.answer.json()["code"]) == expected
+
+
+@pytest.mark.servers
+def test_a_stream_has_the_headers_of_the_pages_and_says_how_many_are_left():
+    drop = drop_with_events(1)
+    wanted = {
+        "content-security-policy",
+        "cross-origin-opener-policy",
+        "referrer-policy",
+        "x-content-type-options",
+        "x-frame-options",
+    }
+    limit, origin = {"RATE_LIMIT_SOCKET_PER_ADDRESS": "40/minute"}, "https://shop.example.com"
+
+    with running_web_servers(WebServer("uvicorn", CORS_ORIGINS=origin, **limit)) as (server,):
+        page = httpx.get(f"{server.url}/api/drops/{drop.pk}/events", trust_env=False)
+        for number, (drop_id, status) in enumerate([(drop.pk, 200), (uuid.uuid4(), 404)]):
+            with streaming(server, drop_id, Origin=origin) as stream:
+                headers = stream.answer.headers
+            assert stream.answer.status_code == status
+            assert {name: headers[name] for name in wanted} == {
+                name: page.headers[name] for name in wanted
+            }
+            assert {"origin", "accept"} <= set(headers["vary"].lower().split(", "))
+            assert headers["ratelimit-policy"] == '"address";q=40;w=60'
+            assert headers["ratelimit"].startswith(f'"address";r={39 - number};')
+            assert headers["access-control-allow-origin"] == origin
 
 
 @pytest.mark.servers
