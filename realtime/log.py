@@ -43,11 +43,12 @@ def missed_events(drop_id: str, seq: int, limit: int) -> list[LoggedEvent] | Non
     Events are pruned after a while, and a client may know a past that was replaced.
     """
     events = events_after(drop_id, seq, limit)
-    if events:
-        return events if events[0][0] == seq + 1 else None
-    is_newest = Drop.objects.filter(pk=drop_id, seq=seq).exists()
-    # Without the second look, an event of this moment would count as a gap.
-    return [] if is_newest else (events_after(drop_id, seq, limit) or None)
+    if not events:
+        if Drop.objects.filter(pk=drop_id, seq=seq).exists():
+            return []
+        # Without the second look, an event of this moment would count as a gap.
+        events = events_after(drop_id, seq, limit)
+    return events if events and events[0][0] == seq + 1 else None
 
 
 def events_after(drop_id: str, seq: int, limit: int = EVENTS_PER_READ) -> list[LoggedEvent]:

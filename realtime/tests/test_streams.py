@@ -20,6 +20,7 @@ from django.core.management import CommandError, call_command
 from config.database import read_clock
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from realtime import log
 from realtime.asgi import EventStreams
 from realtime.limits import open_connections
 from realtime.models import Event
@@ -75,6 +76,29 @@ def test_says_that_the_log_does_not_reach_back(client_of, after):
     answer = client_of().get(f"/api/drops/{drop.pk}/events?after={after}")
 
     assert (answer.status_code, answer.json()["code"]) == (410, "events_gone")
+
+
+@pytest.mark.parametrize("after", [8, 20])
+def test_an_event_of_this_moment_hides_no_gap_and_is_none(client_of, monkeypatch, after):
+    drop = drop_with_events(20)
+    Event.objects.filter(drop=drop).delete()
+    read, looks = log.events_after, []
+
+    def read_before_a_commit(*arguments: Any) -> list[log.LoggedEvent]:
+        events = read(*arguments)
+        if not looks:
+            update_drop(drop.pk, name="Ember")
+        looks.append(events)
+        return events
+
+    monkeypatch.setattr(log, "events_after", read_before_a_commit)
+    answer = client_of().get(f"/api/drops/{drop.pk}/events?after={after}")
+
+    assert len(looks) == 2
+    if after == 20:
+        assert [event["seq"] for event in answer.json()["results"]] == [21]
+    else:
+        assert (answer.status_code, answer.json()["code"]) == (410, "events_gone")
 
 
 @pytest.mark.parametrize(
