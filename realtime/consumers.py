@@ -405,8 +405,12 @@ def origin_is_allowed(headers: list[tuple[bytes, bytes]]) -> bool:
     origin = given[0]
     if len(given) > 1 or origin == "null":
         return False
+    try:
+        site = urlsplit(origin).netloc.lower()
+    except ValueError:
+        return False
     host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
-    is_own = urlsplit(origin).netloc.lower() == host.lower() and host_is_allowed(host)
+    is_own = site == host.lower() and host_is_allowed(host)
     return is_own or origin in settings.CORS_ALLOWED_ORIGINS
 
 
