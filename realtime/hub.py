@@ -556,6 +556,9 @@ class Hub:
                 await self._beat_once()
             except OUTAGES as exc:
                 logger.warning("no heartbeat without the database: %s", exc)
+            except Exception:
+                # Without heartbeats every client would take its connection for dead.
+                logger.exception("a heartbeat failed; trying again")
 
     async def _beat_once(self) -> None:
         for drop_id, sockets in list(self._watching.items()):

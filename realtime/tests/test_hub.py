@@ -12,7 +12,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from channels.layers import get_channel_layer
 from channels_redis.pubsub import RedisPubSubLoopLayer
-from django.db import DatabaseError
+from django.db import DatabaseError, InterfaceError
 
 from drops.models import Drop, DropStatus
 from drops.services import update_drop
@@ -428,6 +428,27 @@ def test_a_heartbeat_carries_the_seq_of_each_watched_drop(monkeypatch):
         assert heartbeat(await of_one.next()) == {first: 3}
 
     run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_heartbeats_go_on_after_any_error(monkeypatch, caplog):
+    monkeypatch.setattr(hub_module, "HEARTBEAT_SECONDS", 0.01)
+    drop, socket, read = drop_with_events(3), Socket(), log.current_drop_ids
+    failures = iter([InterfaceError("connection already closed"), RuntimeError("anything")])
+
+    def fail_at_first() -> list[str]:
+        if failure := next(failures, None):
+            raise failure
+        return read()
+
+    monkeypatch.setattr(log, "current_drop_ids", fail_at_first)
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch_all(socket)
+        assert heartbeat(await socket.next()) == {str(drop.pk): 3}
+
+    run_with_hub(scenario)
+    assert caplog.text.count("a heartbeat failed") == 2
 
 
 def heartbeat(frame: dict[str, Any]) -> dict[str, int]:
