@@ -566,6 +566,11 @@ class Hub:
         if self._watching_all:
             current = await database_sync_to_async(log.current_drop_ids)()
             await self._send_heartbeat("", current, self._watching_all)
+            # What they watch by its id besides: a drop that is over, or a rehearsal.
+            for drop_id in self._watching.keys() - set(current):
+                both = self._watching.get(drop_id, set()) & self._watching_all
+                if both:
+                    await self._send_heartbeat(drop_id, [drop_id], both)
 
     async def _send_heartbeat(
         self, key: str, drop_ids: Iterable[str], sockets: Iterable[Socket]

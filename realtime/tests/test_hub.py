@@ -431,6 +431,24 @@ def test_a_heartbeat_carries_the_seq_of_each_watched_drop(monkeypatch):
 
 
 @pytest.mark.django_db(transaction=True)
+def test_who_watches_all_drops_has_heartbeats_of_one_that_is_over_too(monkeypatch):
+    monkeypatch.setattr(hub_module, "HEARTBEAT_SECONDS", 0.01)
+    current, over = str(drop_with_events(3).pk), str(DropFactory(over=True, seq=4).pk)
+    of_all, of_all_and_both = Socket(), Socket()
+
+    async def scenario(hub: Hub) -> None:
+        hub.watch_all(of_all)
+        hub.watch_all(of_all_and_both)
+        hub.watch(of_all_and_both, current)
+        hub.watch(of_all_and_both, over)
+        beats = [heartbeat(await of_all_and_both.next()) for _ in range(4)]
+        assert beats == [{current: 3}, {over: 4}] * 2
+        assert [heartbeat(await of_all.next()) for _ in range(2)] == [{current: 3}] * 2
+
+    run_with_hub(scenario)
+
+
+@pytest.mark.django_db(transaction=True)
 def test_heartbeats_go_on_after_any_error(monkeypatch, caplog):
     monkeypatch.setattr(hub_module, "HEARTBEAT_SECONDS", 0.01)
     drop, socket, read = drop_with_events(3), Socket(), log.current_drop_ids
