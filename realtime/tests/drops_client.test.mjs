@@ -215,6 +215,33 @@ test("connects anew when missed events don't come", async () => {
   assert.equal(client.drops.get(A).seq, 4, "a connection that was left is not heard any more");
 });
 
+test("a second loss has all the time for its answer, whenever the first was answered", async () => {
+  const socket = await live(4);
+  socket.say(stock(A, 7, 6, 7), stock(A, 5, 4, 9), stock(A, 6, 5, 8), stock(A, 7, 6, 7));
+  await pass(9500);
+  socket.say(stock(A, 20, 19, 3));
+
+  await pass(9500);
+  assert.equal(client.status, "live");
+  await pass(500);
+  assert.equal(client.status, "reconnecting");
+});
+
+test("who watches all drops asks for one that only a heartbeat names", async () => {
+  const socket = await open();
+  socket.say(snapshot(drop(A, 4)), pong);
+  socket.sent = [];
+  socket.say(heartbeat({ [A]: 4, [B]: 3 }));
+  await pass(1000);
+  assert.deepEqual(socket.sent, [{ action: "subscribe", dropId: B }]);
+
+  socket.say(snapshot(drop(B, 3)), heartbeat({ [A]: 4, [B]: 3 }));
+  await pass(12_000);
+  assert.deepEqual([...client.drops.keys()], [A, B]);
+  assert.deepEqual(socket.sent.length, 1);
+  assert.equal(client.status, "live");
+});
+
 test("a heartbeat that is ahead of the client means a loss, unless the frame was on its way", async () => {
   const socket = await live(4);
   socket.say(heartbeat({ [A]: 5, [B]: 9 }));
@@ -446,6 +473,44 @@ test("connects with the first drop where it had none", async () => {
   client.subscribe(A);
   await nextTurn();
   assert.equal(sockets[0].url, `ws://shop.example/ws/drops/${A}`);
+});
+
+test("is offline without a word when nothing is watched any more, until something is", async () => {
+  const socket = await live(4);
+  const seen = record("status", "removed");
+
+  client.unsubscribe(A);
+  await pass(120_000);
+  assert.deepEqual(seen, [["removed", A], ["status", "offline"]]);
+  assert.ok(socket.isClosed);
+  assert.equal(sockets.length, 1);
+
+  client.subscribe(B);
+  const next = await opened();
+  next.say(snapshot(drop(B, 1)), pong);
+  assert.equal(next.url, `wss://shop.example/ws/drops/${B}`);
+  assert.equal(client.status, "live");
+});
+
+test("looks again when the network is back in a worker too, which has no document", async (t) => {
+  const worker = new EventTarget();
+  globalThis.addEventListener = worker.addEventListener.bind(worker);
+  globalThis.removeEventListener = worker.removeEventListener.bind(worker);
+  t.after(() => {
+    client.close();
+    delete globalThis.addEventListener;
+    delete globalThis.removeEventListener;
+  });
+  const socket = await live(4);
+  socket.end(1006);
+
+  worker.dispatchEvent(new Event("online"));
+  await pass(1000);
+  assert.equal(sockets.length, 2);
+  client.unsubscribe(A);
+  worker.dispatchEvent(new Event("online"));
+  assert.equal(client.status, "offline");
+  assert.ok(socket.isClosed);
 });
 
 test("passes private events on, and a listener's mistake harms nobody else", async () => {

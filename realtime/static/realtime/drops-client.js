@@ -23,8 +23,8 @@
  *     };
  *
  * `status` is `live` only while the server has answered all that was asked and its heartbeat
- * is heard; `reconnecting` while trying; `offline` when closed, refused, or when the browser
- * has no network. The frames and the rules kept here are in docs/realtime.md. No dependencies;
+ * is heard; `reconnecting` while trying; `offline` when closed, refused, without a drop to
+ * watch, or when the browser has no network. The frames and the rules kept here are in docs/realtime.md. No dependencies;
  * runs in browsers, and in Node from 20 on (before 22 pass a constructor as `WebSocket`).
  *
  * @typedef {"live" | "reconnecting" | "offline"} Status
@@ -87,8 +87,8 @@ export class DropsClient {
   #wanted;
   /** The newest event applied, by drop. @type {Map<string, number>} */
   #seqs = new Map();
-  /** Drops whose missed events were asked for. */
-  #resyncing = new Set();
+  /** By drop whose missed events were asked for, the timer that gives up. */
+  #resyncing = new Map();
   #socket = null;
   /** Changes whenever what was under way no longer counts. */
   #turn = 0;
@@ -156,7 +156,11 @@ export class DropsClient {
     const id = dropId.toLowerCase();
     if (!this.#wanted?.delete(id)) return;
     this.#forget(id);
-    if (this.#isOpen) this.#send({ action: "unsubscribe", dropId: id });
+    if (this.#wanted.size === 0) {
+      // The server says nothing more on such a connection, not even a heartbeat.
+      this.#abandon();
+      this.#setStatus("offline");
+    } else if (this.#isOpen) this.#send({ action: "unsubscribe", dropId: id });
   }
 
   /** The server's clock as this client knows it, in milliseconds since 1970. */
@@ -255,7 +259,7 @@ export class DropsClient {
     this.#isOpen = false;
     this.#outbox = [];
     this.#pingSentAt = null;
-    this.#resyncing.clear();
+    for (const id of [...this.#resyncing.keys()]) this.#settle(id);
     this.#clock.roundTrip = Infinity;
     const socket = this.#socket;
     this.#socket = null;
@@ -275,8 +279,11 @@ export class DropsClient {
       this.#deadline = Math.min(this.#deadline, Date.now() + PROBE_MS);
       return;
     }
+    if (this.#wanted?.size === 0) return;
     this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
-    if (this.#socket || isWithoutNetwork() || document.visibilityState === "hidden") return;
+    // A worker has no document.
+    const isHidden = globalThis.document?.visibilityState === "hidden";
+    if (this.#socket || isWithoutNetwork() || isHidden) return;
     this.#attempt = 0;
     this.#retry(0);
   };
@@ -321,7 +328,7 @@ export class DropsClient {
     for (const id of isAll ? [...this.#seqs.keys()] : []) if (!ids.has(id)) this.#forget(id);
     for (const drop of frame.data.drops) {
       if (!this.#isWatched(drop.id)) continue;
-      this.#resyncing.delete(drop.id);
+      this.#settle(drop.id);
       this.#seqs.set(drop.id, drop.seq);
       this.#setDrop(drop, frame);
     }
@@ -336,7 +343,7 @@ export class DropsClient {
       this.#resync(dropId);
       return false;
     }
-    this.#resyncing.delete(dropId);
+    this.#settle(dropId);
     this.#seqs.set(dropId, seq);
     const drop = fold(this.drops.get(dropId), frame);
     // Of a drop that was over before the socket began only the events are shown.
@@ -347,14 +354,21 @@ export class DropsClient {
   /** Ask for what was missed after the newest event known; connect anew if no answer comes. */
   #resync(id) {
     if (this.#resyncing.has(id)) return;
-    this.#resyncing.add(id);
+    const giveUp = this.#now(() => this.#lose(0, "missed events"));
+    this.#resyncing.set(id, setTimeout(giveUp, ANSWER_MS));
     this.#askFor(id);
-    const giveUp = () => this.#resyncing.has(id) && this.#lose(0, "missed events");
-    setTimeout(this.#now(giveUp), ANSWER_MS);
+  }
+
+  /** Wait no longer for what was missed: it is here, or not wanted any more. */
+  #settle(id) {
+    clearTimeout(this.#resyncing.get(id));
+    this.#resyncing.delete(id);
   }
 
   #compare(seqs) {
-    const isBehind = ([id, seq]) => this.#seqs.get(id) < seq;
+    // Who watches all drops knows each that the server counts, or has missed its beginning.
+    const isUnknown = (id) => !this.#wanted && !this.#seqs.has(id);
+    const isBehind = ([id, seq]) => this.#seqs.get(id) < seq || isUnknown(id);
     const late = Object.entries(seqs).filter(isBehind);
     const resync = () => late.filter(isBehind).forEach(([id]) => this.#resync(id));
     if (late.length) setTimeout(this.#now(resync), HEARTBEAT_GRACE_MS);
@@ -388,7 +402,7 @@ export class DropsClient {
 
   #forget(id) {
     this.#seqs.delete(id);
-    this.#resyncing.delete(id);
+    this.#settle(id);
     if (this.drops.delete(id)) this.#emit("removed", id);
   }
 
