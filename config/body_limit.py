@@ -18,10 +18,10 @@ from operations.requests import record_of
 
 
 class BodyLimit:
-    """Answer 413 to bodies under ``/api`` beyond ``settings.MAX_BODY_BYTES``; see ``too_long``.
+    """Answer 413 to bodies beyond ``body_limit``, and refuse what is ``too_long``.
 
     A declared length is judged before a byte is read. A body without one is read up to
-    the limit and handed on whole. (The admin's forms have Django's own, larger limit.)
+    the limit and handed on whole: Django would write it to disk before it knows its length.
     """
 
     def __init__(self, application: Application) -> None:
@@ -30,36 +30,35 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if error := too_long(scope):
             return await self._refuse(scope, error, send)
-        if not scope["path"].startswith("/api/"):
-            return await self.application(scope, receive, send)
+        limit = body_limit(scope["path"])
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length")
         if declared is not None:
-            if not declared.isdigit() or int(declared) > settings.MAX_BODY_BYTES:
+            if not declared.isdigit() or int(declared) > limit:
                 return await self._refuse(scope, BodyTooLarge(), send)
             return await self.application(scope, receive, send)
         if b"transfer-encoding" not in headers:
             return await self.application(scope, receive, send)
-        body = await self._read(receive)
+        body = await self._read(receive, limit)
         if body is None:
             return await self._refuse(scope, BodyTooLarge(), send)
-        # DRF takes a request that names no length for one without a body.
+        # Django and DRF take a request that names no length for one without a body.
         length = (b"content-length", str(len(body)).encode())
         whole = {**scope, "headers": [*scope["headers"], length]}
         return await self.application(whole, replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, limit: int) -> bytes | None:
         """Return the whole body, or None as soon as it is too large or the client is gone."""
-        body = b""
+        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > settings.MAX_BODY_BYTES:
+            if len(body) > limit:
                 return None
             if not message.get("more_body"):
-                return body
+                return bytes(body)
 
     async def _refuse(self, scope: Scope, error: Refusal, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -83,6 +82,12 @@ class BodyLimit:
             }
         )
         await send({"type": "http.response.body", "body": body})
+
+
+def body_limit(path: str) -> int:
+    """Return how many bytes a body may have: the admin's forms are longer than all else."""
+    is_form = path.startswith("/admin/")
+    return settings.DATA_UPLOAD_MAX_MEMORY_SIZE if is_form else settings.MAX_BODY_BYTES
 
 
 def too_long(scope: Scope) -> Refusal | None:

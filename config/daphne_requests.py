@@ -19,6 +19,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.tcp import Connection
 
 from config.answers import cors_headers, security_headers
+from config.body_limit import body_limit
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, BodyTooLarge, problem
 
@@ -53,8 +54,7 @@ class LimitedRequest(WebRequest):
 
     @property
     def limit(self) -> int:
-        is_api = self.channel._path.startswith(b"/api/")
-        return settings.MAX_BODY_BYTES if is_api else settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        return body_limit(self.channel._path.decode("latin-1"))
 
     def gotLength(self, length: int | None) -> None:
         # In memory always: a body of unknown length would be a file from its first byte on.

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -139,6 +140,36 @@ def test_refuses_a_large_body_without_reading_it_all(web_server, header, body):
 
     assert (status, json.loads(answer)["code"]) == (413, "body_too_large")
     assert headers["connection"] == "close"
+
+
+LIMITS = {"/": 16_384, "/healthz": 16_384, "/nowhere": 16_384, "/admin/login/": 2_621_440}
+
+
+@pytest.mark.parametrize("path", LIMITS)
+def test_refuses_a_large_body_of_a_page_without_reading_it_all(web_server, path):
+    size = LIMITS[path] + 1
+    declared = request_bytes("POST", path, b"Content-Length: %d" % size)
+    chunked = request_bytes("POST", path, b"Transfer-Encoding: chunked")
+
+    # Neither body is ever complete.
+    for parts in [(declared,), (chunked, b"%x\r\n" % size, bytes(size))]:
+        status, headers, _ = exchange(web_server, *parts)
+
+        assert (status, headers["connection"]) == (413, "close"), parts[0]
+    assert is_alive(web_server)
+
+
+def test_a_form_of_the_admin_may_be_larger(client, transactional_db):
+    page = client.get("/admin/login/")
+    form = {"csrfmiddlewaretoken": page.cookies["csrftoken"], "username": "a" * 100_000}
+    body, headers = urlencode(form).encode(), {"Content-Type": "application/x-www-form-urlencoded"}
+
+    for content in (body, iter([body[:50_000], body[50_000:]])):
+        response = client.post("/admin/login/", content=content, headers=headers)
+
+        # Only who reads the token in the body lets a form in.
+        assert response.status_code == 200
+        assert "This field is required" in response.text
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1e3", b"0x10", b"5, 5", b"9" * 5000, b"", b"\xb2"])
