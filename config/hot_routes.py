@@ -289,14 +289,20 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
     """Return the request, still without its body, if it is a plain one.
 
     Raises:
-        FallThrough: a header is repeated, or what it says needs a closer look.
+        FallThrough: it is too long, a header is repeated, or what one says needs a closer look.
     """
+    if len(scope["path"]) + len(scope["query_string"]) > quick_settings.MAX_ADDRESS_BYTES:
+        raise FallThrough
     found: dict[bytes, str] = {}
+    size = 0
     for name, value in scope["headers"]:
+        size += len(name) + len(value)
         if name in READ_HEADERS:
             if name in found:
                 raise FallThrough
             found[name] = value.decode("latin-1")
+    if size > quick_settings.MAX_HEADER_BYTES:
+        raise FallThrough
     if not host_is_allowed(found.get(b"host", "")):
         raise FallThrough
     accept = found.get(b"accept")
@@ -312,7 +318,8 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         raise FallThrough
     length = found.get(b"content-length")
     if length is not None and not (
-        length.isdigit() and int(length) <= quick_settings.MAX_BODY_BYTES
+        # Other digits, like a raised two, are none to int().
+        length.isascii() and length.isdigit() and int(length) <= quick_settings.MAX_BODY_BYTES
     ):
         raise FallThrough
     return HotRequest(

@@ -714,6 +714,32 @@ def headers_that_stand_twice(api):
             api(Request(method, f"/api/drops{path.format(pk=drop.pk)}", headers=headers))
 
 
+JUST_ENOUGH = 32 * 1024 - len("host" + "testserver" + "x-user-id" + SOMEBODY + "x-filler")
+
+
+@answers(200, 200, 201, 201, *["headers_too_large"] * 8)
+def headers_at_the_limit(api):
+    drop = DropFactory()
+    user = UserFactory()
+    on_each_busy_call(api, drop, user=user, X_Filler="a" * JUST_ENOUGH)
+    on_each_busy_call(api, drop, user=user, X_Filler="a" * (JUST_ENOUGH + 1))
+    on_each_busy_call(api, drop, user=user, **{f"X_Filler_{n}": "a" * 80 for n in range(1000)})
+
+
+@answers(200, 200, "not_found", *["address_too_long"] * 5)
+def addresses_at_the_limit(api):
+    some = "a" * (16 * 1024 - len("/api/drops/"))
+    paths = ["drops", f"drops/{DropFactory().pk}"]
+    full = [f"{path}?{'a' * (16 * 1024 - len(f'/api/{path}'))}" for path in paths]
+    for address in (*full, f"drops/{some}"):
+        api.get(address)
+    for address in (*full, f"drops/{some}"):
+        # Before anybody looks at who asks.
+        api.get(f"{address}a", "nobody")
+    for call in ("reserve", "purchase"):
+        api.post(f"drops/{some}/{call}", "nobody")
+
+
 # --- Bodies -----------------------------------------------------------------------------
 
 ONE = b'{"quantity": 1}'
@@ -738,7 +764,7 @@ def bodies_in_pieces(api):
     send(user, b'{"quantity"', b": 0}")
 
 
-@answers(*["body_too_large"] * 5, *["not_found"] * 2, "body_too_large", "malformed_body")
+@answers(*["body_too_large"] * 6, *["not_found"] * 2, "body_too_large", "malformed_body")
 def bodies_at_the_limit(api):
     address = f"drops/{SOMEBODY}/reserve"
     headers = {"user": SOMEBODY, "Content_Type": "application/json", "X_Request_Id": "mine-1"}
@@ -748,6 +774,8 @@ def bodies_at_the_limit(api):
     api.send("POST", address, b"", **headers, Content_Length="16385")
     api.send("POST", address, ONE, **headers, Content_Length="-1")
     api.send("POST", address, ONE, **headers, Content_Length="many")
+    # A digit to Python, and yet no number.
+    api.send("POST", address, ONE, **headers, Content_Length=b"\xb2")
     api.send("POST", address, just, **headers)
     api.send("POST", address, just[:9000], just[9000:], **headers)
     api.send("GET", "drops", too_large, **headers)
