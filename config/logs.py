@@ -17,6 +17,14 @@ SECRETS = [
     re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{6,}", re.I),
     re.compile(r"(\beyJ)[\w-]+\.[\w-]+\.[\w-]*"),
     re.compile(r"(\b(?:sessionid|csrftoken)=)[^;\s\"',)]+", re.I),
+    # A ticket as a socket's subprotocol.
+    re.compile(r"(\bticket\.)[\w-]{16,}", re.I),
+    # These may have nearly any character in them, and secrets stand in lists.
+    re.compile(r"((?:secret|jwt)_?key[\"']?\s*[=:]\s*[\"']?)[^\s\"']+", re.I),
+    re.compile(
+        r"(secrets[\"']?\s*[=:]\s*)(?:\[[^]]*\]?|\([^)]*\)?|\"[^\"]*\"?|'[^']*'?|[^\s\"'&;)}]+)",
+        re.I,
+    ),
     re.compile(
         r"((?:ticket|secret|password|passwd|token|signature|api_?key)s?[\"']?\s*[=:]\s*[\"']?)"
         r"[^\s\"'&,;)}]+",
@@ -25,12 +33,37 @@ SECRETS = [
     # The password in a URL.
     re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/@]+(?=@)", re.I),
 ]
+# Whose value is secret, whatever it looks like.
+SECRET_NAME = re.compile(
+    r"(?:ticket|secret|password|passwd|token|signature|(?:api|secret|jwt)_?key)s?$", re.I
+)
 
 
 def masked(text: str) -> str:
     for secret in SECRETS:
         text = secret.sub(MASK, text)
     return text
+
+
+def masked_value(value: Any) -> Any:
+    """Mask secrets in all the text that ``value`` holds, however deep, and under their names."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, bytes):
+        return masked(value.decode("latin-1")).encode("latin-1")
+    if isinstance(value, dict):
+        return {
+            key: "***" if names_a_secret(key, inner) else masked_value(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [masked_value(inner) for inner in value]
+    return value
+
+
+def names_a_secret(key: Any, value: Any) -> bool:
+    is_name = isinstance(key, str) and SECRET_NAME.search(key)
+    return bool(is_name) and isinstance(value, str | bytes | list | tuple)
 
 
 class MaskSecrets(logging.Filter):
@@ -56,7 +89,7 @@ class OnlyFailures(logging.Filter):
 
 def mask_values(logger: Any, name: str, event: EventDict) -> EventDict:
     """Mask secrets in all that is text, before it is quoted and escaped."""
-    return {key: masked(value) if isinstance(value, str) else value for key, value in event.items()}
+    return {key: masked_value(value) for key, value in event.items()}
 
 
 def to_json(event: EventDict, **kwargs: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from django.conf import settings
 
-from config.logs import masked
+from config.logs import masked, masked_value
 from operations.requests import Record
 
 # What says who asked. Their names in any spelling, as Sentry collects headers.
@@ -30,7 +30,7 @@ def start_sentry() -> None:
         include_local_variables=False,
         max_request_body_size="never",
         before_send=clean_event,
-        before_breadcrumb=lambda crumb, hint: clean_value(crumb),
+        before_breadcrumb=lambda crumb, hint: masked_value(crumb),
     )
 
 
@@ -48,17 +48,7 @@ def clean_event(event: Any, hint: Any) -> Any:
         event.pop("user", None)
     # The name of the machine.
     event.pop("server_name", None)
-    return clean_value(event)
-
-
-def clean_value(value: Any) -> Any:
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, dict):
-        return {key: clean_value(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [clean_value(inner) for inner in value]
-    return value
+    return masked_value(event)
 
 
 def span_of_requests() -> Callable[[Any, Record, float, float], None]:

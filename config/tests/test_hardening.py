@@ -19,7 +19,7 @@ from django.test import override_settings
 
 from config import checks
 from config.addresses import client_address
-from config.logs import MaskSecrets, masked
+from config.logs import MaskSecrets, mask_values, masked
 from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from realtime.models import Event, EventType
@@ -356,6 +356,12 @@ TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJhbGljZSJ9.c2lnbmF0dXJl"
         ("{'password': 'hunter2', 'x': 1}", "hunter2"),
         ("Cookie: sessionid=abc123def; csrftoken=xyz", "abc123def"),
         ('{"secret": "hunter2"}', "hunter2"),
+        ("Sec-WebSocket-Protocol: drops.v1, ticket.3f9a77c2b1-3f9a77c2b1", "3f9a77c2b1"),
+        ("GATEWAY_SECRETS=first-one,hunter2", "hunter2"),
+        ("GATEWAY_SECRETS=['first-one', 'hunter2']", "hunter2"),
+        ("{'GATEWAY_SECRETS': ('first-one', 'hunter2')}", "hunter2"),
+        ("SECRET_KEY=a&b,c;d)hunter2", "hunter2"),
+        ("'JWT_KEY': 'hunter2'", "hunter2"),
     ],
 )
 def test_masks_what_opens_doors(text, secret):
@@ -363,9 +369,29 @@ def test_masks_what_opens_doors(text, secret):
     assert "***" in masked(text)
 
 
-@pytest.mark.parametrize("text", ["GET /api/drops?limit=5 200", "the token is not valid", "v1=ok"])
+@pytest.mark.parametrize(
+    "text",
+    ["GET /api/drops?limit=5 200", "the token is not valid", "v1=ok", "ticket.expires_at"],
+)
 def test_leaves_the_rest_as_it_is(text):
     assert masked(text) == text
+
+
+def test_masks_what_is_inside_of_a_value():
+    secret = "redis://:hunter2@redis/0"
+    values = {"list": [secret, {"deep": (secret,)}], "raw": secret.encode(), "n": 7}
+    named = {"settings": {"PASSWORD": "hunter2", "GATEWAY_SECRETS": ["hunter2"], "tokens": 3}}
+
+    event = mask_values(None, "info", {"event": "x", **values, **named})
+
+    hidden = "redis://:***@redis/0"
+    assert event == {
+        "event": "x",
+        "list": [hidden, {"deep": [hidden]}],
+        "raw": hidden.encode(),
+        "n": 7,
+        "settings": {"PASSWORD": "***", "GATEWAY_SECRETS": "***", "tokens": 3},
+    }
 
 
 def test_masks_arguments_and_tracebacks_of_a_record():
