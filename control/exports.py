@@ -20,9 +20,9 @@ from control.admin import RowAdmin
 from users.models import User
 
 ROWS_PER_READ = 1000
-# What a spreadsheet takes for the beginning of a formula.
+# What a spreadsheet takes for the beginning of a formula; the last four are the full-width signs.
 # Source: https://owasp.org/www-community/attacks/CSV_Injection
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class CsvResource(ModelResource):

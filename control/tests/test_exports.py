@@ -63,7 +63,7 @@ def test_drops_and_reservations_are_exported_too(admin_client):
 
 
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize("start", exports.FORMULA_STARTS)
+@pytest.mark.parametrize("start", [*"=+-@\t\r\n", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
 def test_a_formula_is_exported_as_text(admin_client, start):
     name = f"{start}HYPERLINK(1)"
     DropFactory(name=name)
