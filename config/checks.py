@@ -11,7 +11,10 @@ from psycopg_pool import PoolTimeout
 
 @register(Tags.security)
 def check_identity_mode(app_configs: Any, **kwargs: Any) -> list[CheckMessage]:
-    """Refuse identities that anybody could type, also where settings were made by hand."""
+    """Refuse proof of identity that has no secret or key, also where settings were made by hand.
+
+    Mode ``header`` outside DEBUG is refused by the settings themselves, as they are read.
+    """
     if settings.IDENTITY_MODE == "gateway" and not settings.GATEWAY_SECRETS:
         return [Error("IDENTITY_MODE is gateway, and there is no secret.", id="drops.E001")]
     if settings.IDENTITY_MODE == "jwt" and not (settings.JWT_KEY or settings.JWT_JWKS_FILE):
