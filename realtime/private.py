@@ -82,6 +82,8 @@ class PrivateNews:
         # These have yet to learn what their user holds.
         self._new: list[tuple[uuid.UUID, PrivateSocket]] = []
         self._holds: dict[uuid.UUID, Hold] = {}
+        # Whose last socket left since the last look; who is back by then knows of no past.
+        self._left: set[uuid.UUID] = set()
         # Purchases that were told, or are older than the sockets, with their time.
         self._told: dict[uuid.UUID, datetime] = {}
         # When each user's first socket came, by the monotonic clock.
@@ -100,6 +102,7 @@ class PrivateNews:
         if not sockets:
             self._sockets.pop(user_id, None)
             self._came.pop(user_id, None)
+            self._left.add(user_id)
 
     def look_soon(self) -> None:
         """Have the rows read before a second is over: something happened somewhere."""
@@ -128,7 +131,8 @@ class PrivateNews:
     async def _look(self) -> None:
         self._wake.clear()
         new, self._new = self._new, []
-        for known in [pk for pk, hold in self._holds.items() if hold.user_id not in self._sockets]:
+        left, self._left = self._left, set()
+        for known in [pk for pk, hold in self._holds.items() if hold.user_id in left]:
             del self._holds[known]
         users = list(self._sockets)
         try:
@@ -163,7 +167,7 @@ class PrivateNews:
     def _tell_ended(self, rows: Rows) -> None:
         for pk in [pk for pk in self._holds if pk not in rows.holds]:
             hold, status = self._holds.pop(pk), rows.ended.get(pk, "")
-            if status in ENDED:
+            if status in ENDED and hold.user_id not in self._left:
                 kind = ENDED[ReservationStatus(status)]
                 self._tell(hold.user_id, kind, rows.now, hold.data | {"status": status})
         for pk, hold in rows.holds.items():
@@ -184,11 +188,11 @@ class PrivateNews:
             left = (self._holds[pk].expires_at - rows.now).total_seconds() - EXPIRING_SECONDS
             if not self._holds[pk].is_expiring_told and left < LOOK_SECONDS:
                 self._holds[pk].is_expiring_told = True
-                loop.call_later(max(0.0, left), self._tell_one_expires, pk)
+                loop.call_later(max(0.0, left), self._tell_one_expires, pk, self._holds[pk])
 
-    def _tell_one_expires(self, pk: uuid.UUID) -> None:
-        hold = self._holds.get(pk)
-        if hold is not None:
+    def _tell_one_expires(self, pk: uuid.UUID, hold: Hold) -> None:
+        # Another one if its user left and came back: then that one is told of.
+        if self._holds.get(pk) is hold:
             self._tell(hold.user_id, PrivateType.HOLD_EXPIRING, datetime.now(UTC), hold.data)
 
     def _tell(

@@ -658,6 +658,29 @@ async def private(socket: Socket) -> dict[str, Any]:
     return frame
 
 
+def test_who_comes_back_is_told_of_what_is_held_and_not_of_what_ended_meanwhile():
+    user = UserFactory()
+    drop, other = DropFactory.create_batch(2)
+    hold = reserve(drop.pk, Claim(user.pk))
+
+    def buy() -> None:
+        reserve(other.pk, Claim(user.pk))
+        purchase(other.pk, user.pk)
+
+    async def scenario() -> None:
+        headers = {"X-User-Id": str(user.pk)}
+        socket = await following("/ws/drops", headers=headers)
+        assert len((await private(socket))["data"]["holds"]) == 1
+        await socket.leave()
+        await sync_to_async(release)(hold.pk, user)
+        socket = await following("/ws/drops", headers=headers)
+        assert (await private(socket))["data"] == {"holds": []}
+        await sync_to_async(buy)()
+        assert (await private(socket))["type"] == "PURCHASE_CONFIRMED"
+
+    in_loop(scenario)
+
+
 def expire(hold: Reservation) -> None:
     Reservation.objects.filter(pk=hold.pk).update(
         created_at=AT - timedelta(days=3000), expires_at=AT - timedelta(days=2999)
