@@ -122,13 +122,14 @@ class PrivateNews:
                 except Exception:
                     logger.exception("telling private news failed; trying again")
                     pause = LOOK_SECONDS
-                pause = max(pause, REST_PER_LOOK * (time.monotonic() - began))
+                pause = max(pause, pause_after(time.monotonic() - began))
             await asyncio.sleep(pause)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS - SHORTEST_PAUSE_SECONDS):
                     await self._wake.wait()
 
     async def _look(self) -> None:
+        began = time.monotonic()
         self._wake.clear()
         new, self._new = self._new, []
         left, self._left = self._left, set()
@@ -143,7 +144,8 @@ class PrivateNews:
         self._tell_new_sockets(rows, new)
         self._tell_purchases(rows)
         self._tell_ended(rows)
-        self._tell_expiring(rows)
+        # The next look comes a second after the pause at the latest, and may itself take longer.
+        self._tell_expiring(rows, LOOK_SECONDS + 2 * pause_after(time.monotonic() - began))
 
     def _tell_purchases(self, rows: Rows) -> None:
         for purchase in rows.purchases:
@@ -182,11 +184,12 @@ class PrivateNews:
             if socket in self._sockets.get(user_id, ()):
                 socket.tell(text_message(private_frame(PrivateType.HOLDS, rows.now, data)))
 
-    def _tell_expiring(self, rows: Rows) -> None:
+    def _tell_expiring(self, rows: Rows, ahead: float) -> None:
+        """Have told in time what is due within the ``ahead`` seconds until the next look."""
         loop = asyncio.get_running_loop()
         for pk in rows.holds:
             left = (self._holds[pk].expires_at - rows.now).total_seconds() - EXPIRING_SECONDS
-            if not self._holds[pk].is_expiring_told and left < LOOK_SECONDS:
+            if not self._holds[pk].is_expiring_told and left < ahead:
                 self._holds[pk].is_expiring_told = True
                 loop.call_later(max(0.0, left), self._tell_one_expires, pk, self._holds[pk])
 
@@ -201,6 +204,11 @@ class PrivateNews:
         message = text_message(private_frame(kind, at, data))
         for socket in list(self._sockets.get(user_id, ())):
             socket.tell(message)
+
+
+def pause_after(seconds: float) -> float:
+    """Return how long to leave the database alone after a look that took ``seconds``."""
+    return max(SHORTEST_PAUSE_SECONDS, REST_PER_LOOK * seconds)
 
 
 def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import random
+import time
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from realtime import consumers, log
 from realtime import hub as hub_module
+from realtime import private as private_news
 from realtime.limits import open_connections
 from realtime.models import Event, SocketTicket
 from realtime.tests.sockets import Socket, in_loop
@@ -656,6 +658,31 @@ async def private(socket: Socket) -> dict[str, Any]:
     while "seq" in (frame := await socket.next()):
         continue
     return frame
+
+
+def test_that_a_hold_expires_is_told_in_time_also_where_looks_are_rare(monkeypatch):
+    monkeypatch.setattr(private_news, "REST_PER_LOOK", 200)
+    drop, user, read = DropFactory(), UserFactory(), private_news.read_rows
+    hold = reserve(drop.pk, Claim(user.pk))
+    ends = read_clock() + timedelta(seconds=12.5)
+    Reservation.objects.filter(pk=hold.pk).update(expires_at=ends)
+
+    def read_slowly(*arguments: Any) -> Any:
+        # So the next look is 4 s away.
+        time.sleep(0.02)
+        return read(*arguments)
+
+    monkeypatch.setattr(private_news, "read_rows", read_slowly)
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", headers={"X-User-Id": str(user.pk)})
+        assert (await private(socket))["type"] == "HOLDS"
+        frame = await private(socket)
+        assert frame["type"] == "HOLD_EXPIRING"
+        late = datetime.fromisoformat(frame["ts"]) - (ends - timedelta(seconds=10))
+        assert abs(late) < timedelta(seconds=0.5)
+
+    in_loop(scenario)
 
 
 def test_who_comes_back_is_told_of_what_is_held_and_not_of_what_ended_meanwhile():
