@@ -44,8 +44,16 @@ SINCE: Schema = {"type": "integer", "minimum": 0, "maximum": LARGEST_SEQ}
 INSTANT: Schema = {"type": "string", "format": "date-time"}
 UUID: Schema = {"type": "string", "format": "uuid"}
 
+# These the servers send by themselves.
+PROTOCOL_ERROR = 1002
+NOT_UTF8 = 1007
+UNANSWERED_PING = 1011
+
 CLOSE_CODES = {
+    PROTOCOL_ERROR: "What came does not keep to the WebSocket protocol.",
+    NOT_UTF8: "A text was not UTF-8.",
     consumers.MESSAGE_TOO_LARGE: "A message had more bytes than are taken.",
+    UNANSWERED_PING: "The server's ping had no answer. Connect again and resume.",
     consumers.SERVICE_RESTART: "Connect again: the server restarts, or the past was replaced.",
     consumers.TRY_AGAIN_LATER: "The database can't be reached. Try again later.",
     consumers.BAD_MESSAGE: "Not a message that this socket knows, or a bad `since`.",

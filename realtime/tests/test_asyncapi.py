@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from django.conf import settings
 from jsonschema import Draft202012Validator, FormatChecker
 from websockets.sync.client import connect
 
@@ -138,6 +139,15 @@ def test_the_page_shows_every_message_and_needs_no_script(client_of, db):
         assert f"<code>{code}</code>" in page
     # A strict Content-Security-Policy lets none of these pass.
     assert not re.search(r"<script|<style|style=|\son\w+=|https?://", page)
+
+
+def test_the_guide_has_the_same_close_codes():
+    guide = (settings.BASE_DIR / "docs/realtime.md").read_text()
+    table = guide.split("## Close codes")[1].split("\n## ")[0]
+
+    assert re.findall(r"^\| (\d.*?) \|", table, re.MULTILINE) == [
+        str(code) for code in asyncapi.CLOSE_CODES
+    ]
 
 
 def test_the_pages_lead_to_each_other(client_of, db):
