@@ -17,6 +17,7 @@ import pytest
 
 from drops.models import Drop
 from drops.tests.factories import DropFactory
+from reservations.tests.factories import ReservationFactory
 from tests.servers import WebServer
 from users.models import User
 from users.tests.factories import UserFactory
@@ -576,6 +577,53 @@ def test_a_hot_answer_closes_the_connection_for_who_asks_for_that(web_server):
             answer += received
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"connection: close" in answer.lower()
+
+
+OWN_HEADERS = {"connection", "x-request-id", "date"}
+# Other drops, times and requests that are left.
+CHANGING_HEADERS = {"content-length", "etag", "ratelimit"}
+
+
+def headers_of(answer: http.client.HTTPResponse) -> list[tuple[str, str]]:
+    headers = [(name.lower(), value) for name, value in answer.getheaders()]
+    return sorted(
+        (name, "" if name in CHANGING_HEADERS else value)
+        for name, value in headers
+        if name not in OWN_HEADERS
+    )
+
+
+@pytest.mark.django_db(transaction=True)
+def test_hot_answers_have_the_same_headers_past_the_layers_and_through_them(web_server):
+    drop, held = DropFactory(), ReservationFactory(drop=DropFactory(total_stock=1)).drop
+    calls = [
+        (201, "POST", f"/api/drops/{drop.pk}/reserve", []),
+        (409, "POST", f"/api/drops/{held.pk}/reserve", []),
+        (200, "GET", "/api/drops", []),
+        (304, "GET", "/api/drops", [b"If-None-Match: *"]),
+    ]
+    for status, method, path, headers in calls:
+        found = []
+        # Whoever has the connection closed is answered by the layers of the server.
+        for connection in (b"keep-alive", b"close"):
+            own = [b"Connection: " + connection, b"Origin: https://shop.example"]
+            if method == "POST":
+                own.append(f"X-User-Id: {UserFactory().pk}".encode())
+            with web_server.connect() as line:
+                line.sendall(request_bytes(method, path, *headers, *own))
+                answer = http.client.HTTPResponse(line, method=method)
+                answer.begin()
+                assert (answer.status, answer.will_close) == (status, connection == b"close")
+                found.append(headers_of(answer))
+        past_the_layers, through_them = found
+
+        assert past_the_layers == through_them, (method, path, status)
+        wanted = {
+            *("access-control-allow-origin", "allow", "content-length", "content-security-policy"),
+            *("referrer-policy", "server", "vary", "x-content-type-options", "x-frame-options"),
+            *(("ratelimit", "ratelimit-policy") if method == "POST" else ("etag",)),
+        }
+        assert wanted <= {name for name, _ in through_them}, (method, path, status)
 
 
 @pytest.mark.django_db(transaction=True)
