@@ -71,8 +71,8 @@ class Command(BaseCommand):
         if settings.EXPIRY_METRICS_PORT:
             serve_metrics(settings.EXPIRY_METRICS_PORT)
         collect_seldom()
-        logger.info("expiring reservations; stop with Ctrl-C")
         with StopRequest() as stop:
+            logger.info("expiring reservations; stop with Ctrl-C")
             while not stop.is_set:
                 self.wait(self.step(batch), stop)
         logger.info("stopped")
