@@ -120,10 +120,17 @@ def test_a_second_size_is_refused_with_what_to_do(browser, open_page, site):
     sibling = first.context.new_page()
     # A browser notes a refusal among its errors, so this is none of open_page's.
     phone = browser.new_context(base_url=site.url, viewport=PHONE, **person).new_page()
+    frames: list[str] = []
+    phone.on(
+        "websocket", lambda socket: socket.on("framereceived", lambda frame: frames.append(frame))
+    )
     for page in (sibling, phone):
         page.goto(f"/drops/{drop.pk}")
     for page in (first, sibling, phone):
         wait_until_live(page)
+    # The phone is told once what its visitor holds: nothing yet.
+    while not any('"HOLDS"' in frame for frame in frames):
+        phone.wait_for_timeout(50)
 
     first.get_by_role("radio", name="EU 42").check()
     first.get_by_label("How many?").select_option("2")
