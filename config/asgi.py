@@ -30,8 +30,8 @@ from realtime.routing import websocket_urlpatterns  # noqa: E402
 from reservations.asgi import ReserveEndpoint  # noqa: E402
 
 
-def http_application() -> StatusNoted | HotRoutes:
-    rest = StatusNoted(BodyLimit(django_application))
+def http_application() -> Application:
+    rest = EventStreams(StatusNoted(BodyLimit(django_application)))
     if not settings.HOT_ROUTES:
         return rest
     # Both kinds of claim share the queues: per drop one transaction at a time.
@@ -45,14 +45,14 @@ def http_application() -> StatusNoted | HotRoutes:
     return HotRoutes(routes, rest, on_first_request=lambda: get_hub().start_soon())
 
 
-def observed(application: Application) -> RequestLog:
-    """Have a line, a measurement and, where that is wanted, a span of each request."""
+def observed(http: Application, others: Application) -> RequestLog:
+    """Have a line, a measurement and, where that is wanted, a span of each HTTP request."""
     observers = []
     if settings.OTEL_EXPORTER_OTLP_ENDPOINT:
         from operations.telemetry import span_of_requests
 
         observers.append(span_of_requests())
-    return RequestLog(application, samplers=SAMPLERS, observers=observers)
+    return RequestLog(http, others, samplers=SAMPLERS, observers=observers)
 
 
 # daphne reads these classes when it starts, after it has imported this module.
@@ -60,16 +60,8 @@ if "daphne.server" in sys.modules:
     daphne_requests.install()
     daphne_stopping.install()
 
-application = observed(
-    ProtocolTypeRouter(
-        {
-            "http": EventStreams(http_application()),
-            "websocket": ImpatientSockets(
-                URLRouter([*control_urlpatterns, *websocket_urlpatterns])
-            ),
-        }
-    )
-)
+websockets = ImpatientSockets(URLRouter([*control_urlpatterns, *websocket_urlpatterns]))
+application = observed(http_application(), ProtocolTypeRouter({"websocket": websockets}))
 
 collect_seldom()
 

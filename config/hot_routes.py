@@ -63,9 +63,6 @@ class HotRequest:
     """A request as far as the hot endpoints look at it."""
 
     scope: Scope
-    method: str
-    path: str
-    query: bytes
     scheme: str
     headers: dict[bytes, str]
     args: tuple[str, ...]
@@ -74,6 +71,18 @@ class HotRequest:
     body: bytes = b""
     # Added to the answer, whatever it will be.
     answer_headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def method(self) -> str:
+        return self.scope["method"]
+
+    @property
+    def path(self) -> str:
+        return self.scope["path"]
+
+    @property
+    def query(self) -> bytes:
+        return self.scope["query_string"]
 
     @property
     def content_type(self) -> str:
@@ -322,17 +331,9 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         length.isascii() and length.isdigit() and int(length) <= quick_settings.MAX_BODY_BYTES
     ):
         raise FallThrough
-    return HotRequest(
-        scope=scope,
-        method=scope["method"],
-        path=scope["path"],
-        query=scope["query_string"],
-        scheme=scheme,
-        headers=found,
-        args=args,
-        request_id=request_id(found.get(b"x-request-id")),
-        record=record_of(scope),
-    )
+    identifier = request_id(found.get(b"x-request-id"))
+    # By name, the arguments would cost as much as reading the headers.
+    return HotRequest(scope, scheme, found, args, identifier, record_of(scope))
 
 
 def scheme_of(scope: Scope, forwarded: str | None) -> str:

@@ -83,4 +83,4 @@ def request_id(given: str | None) -> str:
     if given and USABLE_REQUEST_ID.fullmatch(given):
         return given
     # Names a request in logs and guards nothing, so it need not cost a call of the kernel.
-    return f"{random.getrandbits(128):032x}"
+    return random.getrandbits(128).to_bytes(16).hex()

@@ -86,19 +86,21 @@ atexit.register(lines.flush)
 
 
 class RequestLog:
-    """Hand every request on, and note how it was answered.
+    """Hand every request on, and note how it was answered; ``others`` serves what isn't HTTP.
 
     ``observers`` are called with each scope, record, start (``time.time``) and duration.
     """
 
     def __init__(
         self,
-        application: Callable[..., Any],
+        http: Callable[..., Any],
+        others: Callable[..., Any],
         *,
         samplers: Iterable[Callable[[], None]] = (),
         observers: Iterable[Callable[[Any, Record, float, float], None]] = (),
     ) -> None:
-        self.application = application
+        self.http = http
+        self.others = others
         self.observers = tuple(observers)
         self.samplers = tuple(samplers)
         is_wanted = settings.REQUEST_LOG and logging.getLogger("requests").isEnabledFor(
@@ -113,11 +115,11 @@ class RequestLog:
             self._loop = loop
             self._tick(loop)
         if scope["type"] != "http":
-            return await self.application(scope, receive, send)
+            return await self.others(scope, receive, send)
         record = scope[RECORD] = Record()
         began = perf_counter()
         try:
-            await self.application(scope, receive, send)
+            await self.http(scope, receive, send)
         except Exception as exc:
             if isinstance(exc, RuntimeError) and wrote_too_late(send):
                 record.status = 0

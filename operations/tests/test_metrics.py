@@ -160,7 +160,7 @@ def test_counts_the_outcomes_of_claims_in_both_lanes(lane, name):
         await application.post(f"/api/drops/{uuid.uuid4()}/reserve", user)
 
     with growth() as grown, lane() as application:
-        application.application = RequestLog(application.application)
+        application.application = RequestLog(application.application, None)
         asyncio.run(ask(application))
 
     def claims(action, code):

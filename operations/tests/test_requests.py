@@ -38,7 +38,7 @@ def written(monkeypatch):
 
 def observe(lane):
     """Put the log in front of a lane."""
-    lane.application = RequestLog(EventStreams(lane.application))
+    lane.application = RequestLog(EventStreams(lane.application), None)
     lane.application.render = json_line
     return lane
 
@@ -121,7 +121,7 @@ def test_a_client_that_went_away_has_its_line(written):
         pass
 
     async def ask():
-        log = RequestLog(never_answer)
+        log = RequestLog(never_answer, None)
         log.render = json_line
         await log({"type": "http", "method": "GET", "path": "/x"}, None, None)
 
@@ -143,7 +143,7 @@ def test_a_client_of_uvicorn_that_went_away_just_now_is_no_error(written):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def ask():
-        log = RequestLog(answers)
+        log = RequestLog(answers, None)
         log.render = json_line
         await log({"type": "http", "method": "GET", "path": "/x"}, None, cycle.send)
 
@@ -159,7 +159,7 @@ def test_an_application_that_breaks_has_its_line(written):
         raise ZeroDivisionError
 
     async def ask():
-        log = RequestLog(breaks)
+        log = RequestLog(breaks, None)
         log.render = json_line
         await log({"type": "http", "method": "GET", "path": "/x"}, None, None)
 
@@ -195,11 +195,11 @@ def test_lines_hold_no_secret(lane, name, written):
 def test_no_request_is_logged_where_that_is_off(settings, written):
     settings.REQUEST_LOG = False
 
-    assert RequestLog(None).render is None
+    assert RequestLog(None, None).render is None
     settings.REQUEST_LOG = True
-    assert RequestLog(None).render is requests.readable_line
+    assert RequestLog(None, None).render is requests.readable_line
     settings.DEBUG = False
-    assert RequestLog(None).render is json_line
+    assert RequestLog(None, None).render is json_line
 
 
 def test_lines_go_out_together_and_none_waits_long(monkeypatch):
