@@ -1,7 +1,15 @@
 """How a web server is started, whoever starts it."""
 
+import resource
+
 from django.conf import settings
 from django.core.management.base import CommandError, CommandParser
+
+# Connections that wait to be accepted. A drop begins with thousands in one moment, and who finds
+# no place comes again after a second. The system may allow fewer (net.core.somaxconn).
+BACKLOG = 16_384
+# For what isn't a client's connection, and for requests beside the sockets.
+OTHER_FILES = 2000
 
 
 def add_server_options(parser: CommandParser, *, server: str) -> None:
@@ -30,13 +38,39 @@ def check_server_options(server: str, workers: int) -> None:
         raise CommandError("daphne runs one process; for several use --server uvicorn.")
 
 
+def allow_open_files() -> str | None:
+    """Let this process and those it starts have a file for each connection that settings allow.
+
+    As a rule a process may have 1,024 at first, and as many as it needs once it asks for them.
+
+    Returns:
+        What to tell people where the system doesn't allow so many; else None.
+    """
+    wanted = settings.SOCKETS_PER_PROCESS + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= wanted:
+        return None
+    is_enough = hard == unlimited or hard >= wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if is_enough else hard, hard))
+    if is_enough:
+        return None
+    return (
+        f"A process may have {hard:,} open files here (ulimit -Hn), and SOCKETS_PER_PROCESS "
+        f"asks for {wanted:,}."
+    )
+
+
 def server_command(server: str, host: str, port: int, workers: int) -> list[str]:
     """Return the arguments with which Python runs a web server, its module first."""
     if server == "daphne":
-        return ["-m", "daphne", "-v", "0", "-b", host, "-p", str(port), "config.asgi:application"]
+        interface = host.strip("[]").replace(":", r"\:")
+        endpoint = f"tcp:port={port}:interface={interface}:backlog={BACKLOG}"
+        return ["-m", "daphne", "-v", "0", "-e", endpoint, "config.asgi:application"]
     return [
         *("-m", "uvicorn", "config.asgi:application", "--host", host, "--port", str(port)),
-        *("--workers", str(workers), "--log-level", "warning", "--no-access-log"),
+        *("--workers", str(workers), "--backlog", str(BACKLOG)),
+        *("--log-level", "warning", "--no-access-log"),
         *("--no-proxy-headers", "--lifespan", "off"),
         *("--ws", "websockets-sansio", "--ws-max-size", str(settings.SOCKET_MESSAGE_BYTES)),
         # Small frames hardly shrink, and each socket would pay for it with memory and time.

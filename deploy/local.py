@@ -204,7 +204,7 @@ def write_nginx_folder(
     )
     (folder / "server.d").mkdir(exist_ok=True)
     (folder / "server.d/listen.conf").write_text(
-        f"listen 127.0.0.1:{port};\naccess_log access.log drops;\n"
+        f"listen 127.0.0.1:{port} backlog=16384;\naccess_log access.log drops;\n"
     )
 
 

@@ -118,16 +118,15 @@ class WebServer(Process):
     def __init__(
         self, server: str = "daphne", application: str = APPLICATION, **environment: str
     ) -> None:
+        from config.serving import server_command
+
         self.server = server
         self.port = free_port()
-        listen = {
-            "daphne": ("-v", "0", "-b", "127.0.0.1", "-p", str(self.port), application),
-            "uvicorn": (
-                *(application, "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--lifespan", "off", "--no-access-log", "--log-level", "warning"),
-            ),
-        }
-        super().__init__("-m", server, *listen[server], **environment)
+        command = [
+            application if word == APPLICATION else word
+            for word in server_command(server, "127.0.0.1", self.port, 1)
+        ]
+        super().__init__(*command, **environment)
         self.url = f"http://127.0.0.1:{self.port}"
         self.ws_url = f"ws://127.0.0.1:{self.port}"
 

@@ -6,7 +6,12 @@ import uvicorn.main
 from daphne.cli import CommandLineInterface
 from django.core.management.base import BaseCommand, CommandParser
 
-from config.serving import add_server_options, check_server_options, server_command
+from config.serving import (
+    add_server_options,
+    allow_open_files,
+    check_server_options,
+    server_command,
+)
 
 
 class Command(BaseCommand):
@@ -20,6 +25,8 @@ class Command(BaseCommand):
 
     def handle(self, *, host: str, port: int, server: str, workers: int, **options: Any) -> None:
         check_server_options(server, workers)
+        if warning := allow_open_files():
+            self.stderr.write(warning)
         # uvicorn raises the signal again once it is done, which would look like a violent end.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         arguments = server_command(server, host, port, workers)[2:]

@@ -16,7 +16,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connection
 
 from config.seeding import DEMO_DROP_ID, DEMO_USER_ID
-from config.serving import add_server_options, check_server_options, server_command
+from config.serving import (
+    add_server_options,
+    allow_open_files,
+    check_server_options,
+    server_command,
+)
 from config.stopping import StopRequest, end_with_parent
 from drops.models import Drop
 
@@ -40,6 +45,8 @@ class Command(BaseCommand):
         check_server_options(server, workers)
         if not port_is_free(host, port):
             raise CommandError(f"Port {port} is taken. Choose another one with --port or PORT.")
+        if warning := allow_open_files():
+            self.say(warning)
         with contextlib.ExitStack() as stack:
             self.start_servers(stack)
             self.prepare_database()
