@@ -1,11 +1,12 @@
 """Remember for a moment that a drop has nothing to give, and refuse without a query.
 
 In a drop most requests are too late. This memory may refuse, never accept: it holds a
-drop's state as it was read at most ``MAX_AGE_SECONDS`` ago and is forgotten as soon as this
-process makes or hears of a change. Whoever has something of the drop is never refused here,
-because they may be asking for what they hold; nor who had something once and comes with an
-idempotency key, because they may be asking for their first answer. Users are not looked up: one whom staff
-switched off may hear that a drop is sold out instead of who they are not (docs/adr/0019).
+drop's state as it was read at most ``MAX_AGE_SECONDS`` ago and is forgotten as soon as
+this process makes or hears of a change. Whoever has something of the drop is never
+refused here, because they may be asking for what they hold; nor who had something once
+and comes with an idempotency key, because they may be asking for their first answer.
+Users are not looked up: one whom staff switched off may hear that a drop is sold out
+instead of who they are not (docs/adr/0019).
 """
 
 import asyncio
