@@ -62,7 +62,10 @@ CLOSE_CODES = {
     consumers.TOO_SLOW: "The client did not read for 5 s. Connect again and resume.",
     consumers.TOO_MANY_SUBSCRIPTIONS: "More drops than one socket may watch.",
     consumers.TOO_MANY_MESSAGES: "More messages than one socket may send in a second.",
-    consumers.TOO_MANY_SOCKETS: "More sockets than one address may have. Try again later.",
+    consumers.TOO_MANY_SOCKETS: (
+        "More sockets than one address may have, or too many new ones of a user or address in "
+        "a minute. Try again later."
+    ),
     consumers.PROCESS_IS_FULL: "This server has as many sockets as it takes. Try again later.",
 }
 

@@ -150,6 +150,13 @@ def test_the_guide_has_the_same_close_codes():
     ]
 
 
+def test_says_both_reasons_for_too_many_sockets(document):
+    reason = document["x-close-codes"]["4430"]
+
+    assert "More sockets than one address may have" in reason
+    assert "too many new ones" in reason
+
+
 def test_the_pages_lead_to_each_other(client_of, db):
     assert 'href="/api/asyncapi"' in client_of().get("/").content.decode()
     assert "(/api/asyncapi)" in client_of().get("/api/schema").content.decode()
