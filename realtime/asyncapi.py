@@ -1,8 +1,8 @@
 """The AsyncAPI 3 document of the WebSocket: what ``/api/schema`` is to REST.
 
-The drop's shape is that of the serializer, taken from the OpenAPI document; the examples
-are built by the functions that build the real frames. ``realtime/tests/test_asyncapi.py``
-holds every schema against frames of a real socket.
+The schemas are made from the serializers that frames are made of, the drop's by way of the
+OpenAPI document; the examples are built by the functions that build the real frames.
+``realtime/tests/test_asyncapi.py`` holds every schema against frames of a real socket.
 
 Source: https://www.asyncapi.com/docs/reference/specification/v3.0.0
 """
@@ -17,12 +17,16 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import render
 from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.settings import spectacular_settings
+from rest_framework import serializers
 
 from drops.examples import DROP
-from drops.models import Availability
+from drops.serializers import DropSerializer
+from purchases.models import Purchase
 from realtime import consumers
 from realtime.frames import (
+    DATA,
     EventFrame,
+    PrivateType,
     heartbeat_frame,
     pong_frame,
     private_frame,
@@ -30,9 +34,8 @@ from realtime.frames import (
 )
 from realtime.log import LARGEST_SEQ
 from realtime.models import EventType
-from realtime.private import PrivateType
 from realtime.tickets import SUBPROTOCOL, TICKET_SECONDS
-from reservations.models import ReservationStatus
+from reservations.models import Reservation, ReservationStatus
 
 Schema = dict[str, Any]
 
@@ -89,31 +92,44 @@ def array(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
-# What each event means, its data, and an example of it.
-EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
+def schema_of(field: serializers.Field) -> Schema:
+    """Return the JSON Schema of what ``field`` puts into a frame."""
+    match field:
+        case DropSerializer():
+            return ref("Drop")
+        case serializers.ListSerializer(child=serializers.Field() as child):
+            return array(schema_of(child))
+        case serializers.Serializer():
+            return record({name: schema_of(member) for name, member in field.fields.items()})
+        case serializers.DictField():
+            return {"type": "object", "additionalProperties": schema_of(field.child)}
+        case serializers.ChoiceField():
+            return {"type": "string", "enum": list(field.choices)}
+        case serializers.UUIDField():
+            return UUID
+        case serializers.DateTimeField():
+            return INSTANT
+        case serializers.IntegerField():
+            return INTEGER
+        case serializers.CharField():
+            return TEXT
+    raise TypeError(f"frames have no {field!r} yet")
+
+
+# What each event means, and an example of its data.
+EVENTS: dict[EventType, tuple[str, dict[str, Any]]] = {
     EventType.DROP_CREATED: (
         "A drop was published. Drafts are silent.",
-        record({"drop": ref("Drop")}),
         {"drop": DROP | {"seq": 5}},
     ),
     EventType.DROP_UPDATED: (
         "Anything of a drop but its stock has changed.",
-        record({"drop": ref("Drop")}),
         {"drop": DROP | {"seq": 5}},
     ),
     EventType.STOCK_UPDATED: (
         "Units were held, returned, adjusted or refunded, or the last held one was sold. It "
         "carries the stock itself, so the newest one says it all: under load those between are "
         "left out.",
-        record(
-            {
-                "dropId": UUID,
-                "availableStock": INTEGER,
-                "availability": {"type": "string", "enum": Availability.values},
-                "soldStock": INTEGER,
-                "variants": array(record({"id": UUID, "availableStock": INTEGER})),
-            }
-        ),
         {
             "dropId": DROP["id"],
             "availableStock": 497,
@@ -124,12 +140,10 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
     ),
     EventType.RESERVATION_EXPIRED: (
         "A hold ran out. A STOCK_UPDATED follows.",
-        record({"dropId": UUID, "reservationId": UUID}),
         {"dropId": DROP["id"], "reservationId": "0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11"},
     ),
     EventType.PURCHASE_COMPLETED: (
         "A hold was purchased.",
-        record({"dropId": UUID, "username": TEXT, "purchasedAt": INSTANT, "qty": INTEGER}),
         {
             "dropId": DROP["id"],
             "username": "demo",
@@ -139,15 +153,6 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
     ),
     EventType.ACTIVITY_UPDATED: (
         "The three latest purchases have changed.",
-        record(
-            {
-                "dropId": UUID,
-                "latestPurchasers": array(
-                    record({"userId": UUID, "username": TEXT, "qty": INTEGER, "createdAt": INSTANT})
-                ),
-                "soldStock": INTEGER,
-            }
-        ),
         {
             "dropId": DROP["id"],
             "latestPurchasers": [
@@ -162,57 +167,37 @@ EVENTS: dict[EventType, tuple[str, Schema, dict[str, Any]]] = {
         },
     ),
 }
-HOLD: Schema = {
-    "dropId": UUID,
-    "reservationId": UUID,
-    "variantId": UUID,
-    "quantity": INTEGER,
-    "expiresAt": INSTANT,
-}
-ENDED = [ReservationStatus.EXPIRED, ReservationStatus.RELEASED, ReservationStatus.VOIDED]
-HOLD_EXAMPLE = {
-    "dropId": DROP["id"],
-    "reservationId": "0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11",
-    "variantId": DROP["variants"][0]["id"],
-    "quantity": 1,
-    "expiresAt": "2026-11-22T18:01:00Z",
-}
-# The same of what only one user's own sockets are told.
-PRIVATE: dict[PrivateType, tuple[str, Schema, dict[str, Any]]] = {
-    PrivateType.HOLDS: (
-        "What the user holds when the socket opens.",
-        record({"holds": array(record(HOLD))}),
-        {"holds": [HOLD_EXAMPLE]},
-    ),
-    PrivateType.HOLD_EXPIRING: ("A hold ends in 10 s.", record(HOLD), HOLD_EXAMPLE),
-    PrivateType.HOLD_EXPIRED: (
-        "A hold ran out.",
-        record(HOLD | {"status": {"type": "string", "enum": [str(s) for s in ENDED]}}),
-        HOLD_EXAMPLE | {"status": "EXPIRED"},
-    ),
+
+
+def held(status: ReservationStatus = ReservationStatus.ACTIVE) -> Reservation:
+    return Reservation(
+        pk="0b0e4c52-8e5c-4a39-a2f4-3a1e9e6c1a11",
+        drop_id=DROP["id"],
+        variant_id=DROP["variants"][0]["id"],
+        quantity=1,
+        status=status,
+        expires_at=datetime(2026, 11, 22, 18, 1, tzinfo=UTC),
+    )
+
+
+# What only one user's own sockets are told, and an example of what it is about.
+PRIVATE: dict[PrivateType, tuple[str, Any]] = {
+    PrivateType.HOLDS: ("What the user holds when the socket opens.", {"holds": [held()]}),
+    PrivateType.HOLD_EXPIRING: ("A hold ends in 10 s.", held()),
+    PrivateType.HOLD_EXPIRED: ("A hold ran out.", held(ReservationStatus.EXPIRED)),
     PrivateType.HOLD_RELEASED: (
         "A hold was released, by the user or by staff.",
-        record(HOLD | {"status": {"type": "string", "enum": [str(s) for s in ENDED]}}),
-        HOLD_EXAMPLE | {"status": "RELEASED"},
+        held(ReservationStatus.RELEASED),
     ),
     PrivateType.PURCHASE_CONFIRMED: (
         "The user has purchased a hold.",
-        record(
-            {
-                "dropId": UUID,
-                "purchaseId": UUID,
-                "reservationId": UUID,
-                "variantId": UUID,
-                "quantity": INTEGER,
-            }
+        Purchase(
+            pk="0b0e4c52-9a40-4c1d-b6a0-52c6c0ad8e77",
+            drop_id=DROP["id"],
+            reservation_id=held().pk,
+            variant_id=held().variant_id,
+            quantity=1,
         ),
-        {
-            "dropId": DROP["id"],
-            "purchaseId": "0b0e4c52-9a40-4c1d-b6a0-52c6c0ad8e77",
-            "reservationId": HOLD_EXAMPLE["reservationId"],
-            "variantId": HOLD_EXAMPLE["variantId"],
-            "quantity": 1,
-        },
     ),
 }
 
@@ -346,32 +331,31 @@ def _frames() -> dict[str, Any]:
         "SNAPSHOT": _message(
             "The full state of the drops watched, each with its `seq`: the first frame, and the "
             "answer to a subscription.",
-            _envelope("SNAPSHOT", record({"drops": array(ref("Drop"))})),
+            _envelope("SNAPSHOT"),
             snapshot_frame([DROP], AT),
         )
     }
-    for event, (summary, data, example) in EVENTS.items():
+    for event, (summary, example) in EVENTS.items():
         frames[event.value] = _message(
             summary,
-            _envelope(event.value, data, dropId=UUID, seq=INTEGER, prev=INTEGER),
+            _envelope(event.value, dropId=UUID, seq=INTEGER, prev=INTEGER),
             EventFrame(drop_id, 5, event.value, AT, example).text_after(4),
         )
-    for private, (summary, data, example) in PRIVATE.items():
+    for private, (summary, subject) in PRIVATE.items():
         frames[private.value] = _message(
             f"{summary} Only to sockets of that user.",
-            _envelope(private.value, data),
-            private_frame(private.value, AT, example),
+            _envelope(private.value),
+            private_frame(private, AT, subject),
         )
-    seqs = {"type": "object", "additionalProperties": INTEGER}
     return frames | {
         "HEARTBEAT": _message(
             "Every 15 s: the newest `seq` of each drop watched.",
-            _envelope("HEARTBEAT", record({"seqs": seqs})),
+            _envelope("HEARTBEAT"),
             heartbeat_frame({drop_id: 5}, AT),
         ),
         "PONG": _message(
             "The answer to a ping, after the answers to all messages before it.",
-            _envelope("PONG", record({})),
+            _envelope("PONG"),
             pong_frame(),
         ),
     }
@@ -399,7 +383,8 @@ def _actions() -> dict[str, Any]:
     }
 
 
-def _envelope(frame_type: str, data: Schema, **members: Schema) -> Schema:
+def _envelope(frame_type: str, **members: Schema) -> Schema:
+    data = schema_of(DATA[frame_type])
     return record({"type": {"const": frame_type}, **members, "ts": INSTANT, "data": data})
 
 

@@ -2,11 +2,27 @@
 
 import uuid
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 import orjson
+from rest_framework.serializers import Serializer
 
 from realtime.models import EventType
+from realtime.serializers import (
+    ActivitySerializer,
+    ChangedDropSerializer,
+    CompletedPurchaseSerializer,
+    ConfirmedPurchaseSerializer,
+    EndedHoldSerializer,
+    ExpiredReservationSerializer,
+    HeartbeatSerializer,
+    HoldSerializer,
+    HoldsSerializer,
+    PongSerializer,
+    SnapshotSerializer,
+    StockSerializer,
+)
 from realtime.wire import to_wire
 
 # The message of ASGI that sends a frame; shared by all sockets that get it.
@@ -22,6 +38,34 @@ STATES = frozenset(
         EventType.ACTIVITY_UPDATED,
     )
 )
+
+
+class PrivateType(StrEnum):
+    HOLDS = "HOLDS"
+    HOLD_EXPIRING = "HOLD_EXPIRING"
+    HOLD_EXPIRED = "HOLD_EXPIRED"
+    HOLD_RELEASED = "HOLD_RELEASED"
+    PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
+
+
+# What makes the ``data`` of each frame. One object for all frames of a type: to make a
+# serializer takes longer than to use it.
+DATA: dict[str, Serializer] = {
+    "SNAPSHOT": SnapshotSerializer(),
+    EventType.DROP_CREATED: ChangedDropSerializer(),
+    EventType.DROP_UPDATED: ChangedDropSerializer(),
+    EventType.STOCK_UPDATED: StockSerializer(),
+    EventType.RESERVATION_EXPIRED: ExpiredReservationSerializer(),
+    EventType.PURCHASE_COMPLETED: CompletedPurchaseSerializer(),
+    EventType.ACTIVITY_UPDATED: ActivitySerializer(),
+    PrivateType.HOLDS: HoldsSerializer(),
+    PrivateType.HOLD_EXPIRING: HoldSerializer(),
+    PrivateType.HOLD_EXPIRED: EndedHoldSerializer(),
+    PrivateType.HOLD_RELEASED: EndedHoldSerializer(),
+    PrivateType.PURCHASE_CONFIRMED: ConfirmedPurchaseSerializer(),
+    "HEARTBEAT": HeartbeatSerializer(),
+    "PONG": PongSerializer(),
+}
 
 
 class EventFrame:
@@ -62,8 +106,8 @@ def text_message(text: str) -> Message:
 
 
 def snapshot_frame(drops: list[dict[str, Any]], at: datetime) -> str:
-    """Return the full state of ``drops`` (REST shape, each with its ``seq``)."""
-    return _encode("SNAPSHOT", at, {"drops": drops})
+    """Return the full state of ``drops`` (from ``DropSerializer``, each with its ``seq``)."""
+    return _dumps({"type": "SNAPSHOT", "ts": at, "data": {"drops": drops}})
 
 
 def heartbeat_frame(seqs: dict[str, int], at: datetime) -> str:
@@ -71,16 +115,21 @@ def heartbeat_frame(seqs: dict[str, int], at: datetime) -> str:
     return _encode("HEARTBEAT", at, {"seqs": seqs})
 
 
-def private_frame(frame_type: str, at: datetime, data: dict[str, Any]) -> str:
-    """Return what only one user is told; not in a drop's log, so without ``seq``."""
-    return _encode(frame_type, at, data)
+def private_frame(frame_type: PrivateType, at: datetime, subject: Any) -> str:
+    """Return what only one user is told; not in a drop's log, so without ``seq``.
+
+    Args:
+        subject: the reservation, the purchase or, under ``holds``, all reservations.
+    """
+    return _encode(frame_type, at, subject)
 
 
 def pong_frame() -> str:
     return _encode("PONG", datetime.now(UTC), {})
 
 
-def _encode(frame_type: str, at: datetime, data: dict[str, Any]) -> str:
+def _encode(frame_type: str, at: datetime, subject: Any) -> str:
+    data = DATA[frame_type].to_representation(subject)
     return _dumps({"type": frame_type, "ts": at, "data": data})
 
 

@@ -12,8 +12,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 from channels.db import database_sync_to_async
 from django.db import DatabaseError
@@ -21,7 +20,7 @@ from psycopg_pool import PoolTimeout
 
 from config.database import read_clock
 from purchases.models import Purchase
-from realtime.frames import Message, private_frame, text_message
+from realtime.frames import Message, PrivateType, private_frame, text_message
 from reservations.models import Reservation, ReservationStatus
 
 logger = logging.getLogger(__name__)
@@ -33,15 +32,6 @@ REST_PER_LOOK = 20
 EXPIRING_SECONDS = 10.0
 # A purchase is dated before its commit; older than this, it was seen or is history.
 PURCHASE_MARGIN = timedelta(seconds=20)
-
-
-class PrivateType(StrEnum):
-    HOLDS = "HOLDS"
-    HOLD_EXPIRING = "HOLD_EXPIRING"
-    HOLD_EXPIRED = "HOLD_EXPIRED"
-    HOLD_RELEASED = "HOLD_RELEASED"
-    PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
-
 
 ENDED = {
     ReservationStatus.EXPIRED: PrivateType.HOLD_EXPIRED,
@@ -58,9 +48,7 @@ class PrivateSocket(Protocol):
 class Hold:
     """A hold of a user with sockets here, as it was last seen."""
 
-    user_id: uuid.UUID
-    data: dict[str, Any]
-    expires_at: datetime
+    reservation: Reservation
     is_expiring_told: bool = False
 
 
@@ -133,7 +121,7 @@ class PrivateNews:
         self._wake.clear()
         new, self._new = self._new, []
         left, self._left = self._left, set()
-        for known in [pk for pk, hold in self._holds.items() if hold.user_id in left]:
+        for known in [pk for pk, hold in self._holds.items() if hold.reservation.user_id in left]:
             del self._holds[known]
         users = list(self._sockets)
         try:
@@ -155,54 +143,46 @@ class PrivateNews:
             self._told[purchase.pk] = purchase.created_at
             # What was bought before its user connected is in the list of purchases.
             if purchase.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
-                data = {
-                    "dropId": str(purchase.drop_id),
-                    "purchaseId": str(purchase.pk),
-                    "reservationId": str(purchase.reservation_id),
-                    "variantId": str(purchase.variant_id),
-                    "quantity": purchase.quantity,
-                }
-                self._tell(purchase.user_id, PrivateType.PURCHASE_CONFIRMED, rows.now, data)
+                self._tell(PrivateType.PURCHASE_CONFIRMED, rows.now, purchase)
         for pk in [pk for pk, at in self._told.items() if at < rows.now - 2 * PURCHASE_MARGIN]:
             del self._told[pk]
 
     def _tell_ended(self, rows: Rows) -> None:
         for pk in [pk for pk in self._holds if pk not in rows.holds]:
-            hold, status = self._holds.pop(pk), rows.ended.get(pk, "")
-            if status in ENDED and hold.user_id not in self._left:
-                kind = ENDED[ReservationStatus(status)]
-                self._tell(hold.user_id, kind, rows.now, hold.data | {"status": status})
+            reservation, status = self._holds.pop(pk).reservation, rows.ended.get(pk, "")
+            if status in ENDED and reservation.user_id not in self._left:
+                reservation.status = status
+                self._tell(ENDED[ReservationStatus(status)], rows.now, reservation)
         for pk, hold in rows.holds.items():
             self._holds.setdefault(pk, hold)
 
     def _tell_new_sockets(self, rows: Rows, new: list[tuple[uuid.UUID, PrivateSocket]]) -> None:
-        by_user: dict[uuid.UUID, list[dict[str, Any]]] = {}
+        by_user: dict[uuid.UUID, list[Reservation]] = {}
         for hold in rows.holds.values():
-            by_user.setdefault(hold.user_id, []).append(hold.data)
+            by_user.setdefault(hold.reservation.user_id, []).append(hold.reservation)
         for user_id, socket in new:
-            data = {"holds": by_user.get(user_id, [])}
             if socket in self._sockets.get(user_id, ()):
-                socket.tell(text_message(private_frame(PrivateType.HOLDS, rows.now, data)))
+                holds = {"holds": by_user.get(user_id, [])}
+                socket.tell(text_message(private_frame(PrivateType.HOLDS, rows.now, holds)))
 
     def _tell_expiring(self, rows: Rows, ahead: float) -> None:
         """Have told in time what is due within the ``ahead`` seconds until the next look."""
         loop = asyncio.get_running_loop()
         for pk in rows.holds:
-            left = (self._holds[pk].expires_at - rows.now).total_seconds() - EXPIRING_SECONDS
-            if not self._holds[pk].is_expiring_told and left < ahead:
-                self._holds[pk].is_expiring_told = True
-                loop.call_later(max(0.0, left), self._tell_one_expires, pk, self._holds[pk])
+            hold = self._holds[pk]
+            left = (hold.reservation.expires_at - rows.now).total_seconds() - EXPIRING_SECONDS
+            if not hold.is_expiring_told and left < ahead:
+                hold.is_expiring_told = True
+                loop.call_later(max(0.0, left), self._tell_one_expires, pk, hold)
 
     def _tell_one_expires(self, pk: uuid.UUID, hold: Hold) -> None:
         # Another one if its user left and came back: then that one is told of.
         if self._holds.get(pk) is hold:
-            self._tell(hold.user_id, PrivateType.HOLD_EXPIRING, datetime.now(UTC), hold.data)
+            self._tell(PrivateType.HOLD_EXPIRING, datetime.now(UTC), hold.reservation)
 
-    def _tell(
-        self, user_id: uuid.UUID, kind: PrivateType, at: datetime, data: dict[str, Any]
-    ) -> None:
-        message = text_message(private_frame(kind, at, data))
-        for socket in list(self._sockets.get(user_id, ())):
+    def _tell(self, kind: PrivateType, at: datetime, subject: Reservation | Purchase) -> None:
+        message = text_message(private_frame(kind, at, subject))
+        for socket in list(self._sockets.get(subject.user_id, ())):
             socket.tell(message)
 
 
@@ -217,18 +197,7 @@ def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
     # One step in an index for each user: both start with the user.
     active = Reservation.objects.active().filter(user__in=users)
     holds = {
-        hold.pk: Hold(
-            hold.user_id,
-            {
-                "dropId": str(hold.drop_id),
-                "reservationId": str(hold.pk),
-                "variantId": str(hold.variant_id),
-                "quantity": hold.quantity,
-                "expiresAt": hold.expires_at,
-            },
-            hold.expires_at,
-        )
-        for hold in active.order_by("expires_at", "pk")
+        reservation.pk: Hold(reservation) for reservation in active.order_by("expires_at", "pk")
     }
     gone = [pk for pk in known if pk not in holds]
     ended = Reservation.objects.filter(pk__in=gone).values_list("pk", "status") if gone else []

@@ -1,21 +1,29 @@
 """The AsyncAPI document: well formed, and true of a real socket."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
+from asgiref.sync import sync_to_async
 from django.conf import settings
-from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from websockets.sync.client import connect
 
+from config.database import read_clock
 from drops.tests.factories import DropFactory
+from purchases.services import purchase
 from realtime import asyncapi
+from realtime import hub as hub_module
+from realtime.frames import DATA, PrivateType
 from realtime.models import EventType
-from realtime.private import PrivateType
+from realtime.tests.sockets import Socket, in_loop
 from reservations.models import Reservation
+from reservations.services import Claim, expire_all_due, release, reserve
 from users.tests.factories import UserFactory
 
 PRIVATE = {*PrivateType}
@@ -119,8 +127,58 @@ def test_every_frame_of_a_socket_keeps_its_schema(web_servers, document):
     for frame in frames:
         check(document, frame)
     told = {frame["type"] for frame in frames}
-    # The other frames have their examples from the functions that build them.
     assert told >= FRAMES - {"HEARTBEAT"} - PRIVATE | {"HOLDS", "PURCHASE_CONFIRMED"}
+
+
+@pytest.mark.django_db(transaction=True)
+def test_every_private_frame_and_heartbeat_keeps_its_schema(document, monkeypatch):
+    monkeypatch.setattr(hub_module, "HEARTBEAT_SECONDS", 0.1)
+    user, drops = UserFactory(), DropFactory.create_batch(3)
+    released, expired, _ = (reserve(drop.pk, Claim(user.pk)) for drop in drops)
+    soon = read_clock() + timedelta(seconds=9)
+    Reservation.objects.filter(pk=expired.pk).update(expires_at=soon)
+
+    def change() -> None:
+        release(released.pk, user)
+        Reservation.objects.filter(pk=expired.pk).update(
+            created_at="2020-01-01T00:00:00Z", expires_at="2020-01-01T00:01:00Z"
+        )
+        expire_all_due()
+        purchase(drops[2].pk, user.pk)
+
+    async def scenario() -> None:
+        socket = Socket(headers={"X-User-Id": str(user.pk)})
+        await socket.say({"action": "ping"})
+        told: set[str] = set()
+
+        async def hear(names: set[str]) -> None:
+            while not told >= names:
+                frame = await asyncio.wait_for(socket._frames.get(), 5)
+                check(document, frame)
+                told.add(frame["type"])
+
+        await hear({"PONG", "HEARTBEAT", "HOLDS", "HOLD_EXPIRING"})
+        await sync_to_async(change)()
+        await hear(PRIVATE)
+
+    in_loop(scenario)
+
+
+def test_a_field_more_or_renamed_breaks_every_schema(document):
+    assert DATA.keys() == FRAMES
+    for name in FRAMES:
+        frame = document["components"]["messages"][name]["examples"][0]["payload"]
+        with_other_data = [frame | {"data": data} for data in misshapen(frame["data"])]
+        for broken in [*misshapen(frame), *with_other_data]:
+            with pytest.raises(ValidationError):
+                check(document, broken, name)
+
+
+def misshapen(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield ``record`` with a field more, and with each of its own under another name."""
+    yield record | {"more": 1}
+    for name in record:
+        yield {("renamed" if key == name else key): value for key, value in record.items()}
 
 
 def test_is_served_with_the_address_of_this_site(client_of, db):
