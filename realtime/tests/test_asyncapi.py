@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from websockets.sync.client import connect
 
 from config.database import read_clock
+from drops.examples import DROP
 from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from realtime import asyncapi
@@ -29,6 +30,7 @@ from users.tests.factories import UserFactory
 PRIVATE = {*PrivateType}
 FRAMES = {*EventType.values, *PRIVATE, "SNAPSHOT", "HEARTBEAT", "PONG"}
 ACTIONS = {"subscribe", "unsubscribe", "ping"}
+GUIDE = (settings.BASE_DIR / "docs/realtime.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +201,33 @@ def test_the_page_shows_every_message_and_needs_no_script(client_of, db):
     assert not re.search(r"<script|<style|style=|\son\w+=|https?://", page)
 
 
+def test_the_guide_has_a_valid_example_of_each_message(document):
+    examples = list(examples_of_the_guide())
+
+    assert {name for name, _ in examples} == FRAMES | ACTIONS
+    for name, payload in examples:
+        check(document, payload, name)
+
+
+def examples_of_the_guide() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the whole of each frame and message that the guide shows."""
+    for block in re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL):
+        for text in re.split(r"\n(?=\{)", block):
+            frame = json.loads(text, object_hook=complete)
+            yield frame["type"], frame
+    for text in re.findall(r"^\| `(\{.*?\})` \|", GUIDE, re.MULTILINE):
+        message = json.loads(text.replace("…", DROP["id"]))
+        yield message["action"], message
+
+
+def complete(shown: dict[str, Any]) -> dict[str, Any]:
+    """Return an object with the rest of the drop in place of an ellipsis."""
+    is_a_part = shown.pop("…", None) is not None
+    return DROP | shown if is_a_part else shown
+
+
 def test_the_guide_has_the_same_close_codes():
-    guide = (settings.BASE_DIR / "docs/realtime.md").read_text()
-    table = guide.split("## Close codes")[1].split("\n## ")[0]
+    table = GUIDE.split("## Close codes")[1].split("\n## ")[0]
 
     assert re.findall(r"^\| (\d.*?) \|", table, re.MULTILINE) == [
         str(code) for code in asyncapi.CLOSE_CODES
