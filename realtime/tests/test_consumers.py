@@ -5,7 +5,11 @@ import json
 import random
 import time
 import uuid
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -27,6 +31,7 @@ from realtime.tests.test_hub import AT, SOME_ID, STOCK, drop_with_events, messag
 from realtime.tickets import issue_ticket, use_ticket
 from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, release, reserve, void_reservation
+from reservations.tests.test_expire_command import create_overdue_holds
 from tests.concurrency import at_once
 from users.tests.factories import UserFactory
 
@@ -279,6 +284,93 @@ def test_slices_leave_no_gap_and_repeat_nothing_whoever_comes_and_goes(monkeypat
         stayers = [await following(path, is_direct=number % 2 == 0) for number in range(7)]
         await asyncio.gather(change(), *map(stay, stayers), *(come_and_go() for _ in range(5)))
         assert all(bool(stayer.direct_frames) == stayer.is_direct for stayer in stayers)
+
+    in_loop(scenario)
+
+
+# --- How many frames --------------------------------------------------------------------
+
+
+# Where a turn begins late and the next one does not, one more falls into a second.
+TWENTY = 20 + 1
+
+
+class TimedSocket(Socket):
+    """Keeps when each frame came, and of which type it was, by drop."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.came: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        await super()._send(message)
+        if message["type"] == "websocket.send":
+            frame = json.loads(message["text"])
+            self.came[frame.get("dropId"), frame["type"]].append(time.monotonic())
+
+
+def most_in_a_second(times: Iterable[float]) -> int:
+    times = sorted(times)
+    return max(bisect_left(times, at + 1) - number for number, at in enumerate(times))
+
+
+def test_three_thousand_holds_that_end_at_once_are_few_frames_to_a_socket():
+    drop = create_overdue_holds(3000)
+
+    async def scenario() -> None:
+        socket = TimedSocket(f"/ws/drops/{drop.pk}")
+        assert (await socket.next())["type"] == "SNAPSHOT"
+        await sync_to_async(expire_all_due)()
+        last = await sync_to_async(lambda: Drop.objects.get(pk=drop.pk).seq)()
+        frames = await socket.up_to(last)
+        assert last > 3000
+        assert [frame["prev"] for frame in frames] == [0, *(f["seq"] for f in frames)][:-1]
+        assert (frames[-1]["type"], frames[-1]["data"]["availableStock"]) == (STOCK, 3000)
+        ended = socket.came[str(drop.pk), "RESERVATION_EXPIRED"]
+        # A hundred at once, and fifty a second.
+        assert most_in_a_second(ended) <= 150
+        assert len(ended) <= 100 + 50 * (ended[-1] - ended[0]) + 1
+
+    in_loop(scenario)
+
+
+def test_a_drop_whose_stock_changes_all_the_time_is_twenty_frames_a_second():
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        socket = TimedSocket(f"/ws/drops/{drop.pk}")
+        assert (await socket.next())["type"] == "SNAPSHOT"
+        for seq in range(1, 401):
+            await hub_module.get_hub()._take(message(drop, seq))
+            await asyncio.sleep(0.005)
+        await socket.up_to(400)
+        assert most_in_a_second(socket.came[str(drop.pk), STOCK]) <= TWENTY
+
+    in_loop(scenario)
+
+
+def test_who_watches_many_busy_drops_gets_no_more_frames_than_the_guide_says():
+    """Fifty drops, of which each changes a hundred times a second."""
+    drops, last = [drop_with_events(0) for _ in range(50)], 250
+    kinds = [STOCK, "PURCHASE_COMPLETED", "ACTIVITY_UPDATED"]
+
+    async def scenario() -> None:
+        socket = TimedSocket("/ws/drops")
+        assert (await socket.next())["type"] == "SNAPSHOT"
+        socket.came.clear()
+        hub, newest = hub_module.get_hub(), dict.fromkeys((str(drop.pk) for drop in drops), 0)
+        for seq in range(1, last + 1):
+            for drop in drops:
+                await hub._take(message(drop, seq, kind=kinds[seq % 3]))
+            await asyncio.sleep(0.01)
+        while set(newest.values()) != {last}:
+            frame = await socket.next()
+            assert frame["prev"] == newest[frame["dropId"]]
+            newest[frame["dropId"]] = frame["seq"]
+        # 250 at once, and a thousand a second; a frame may take the place of one just before.
+        assert most_in_a_second(chain.from_iterable(socket.came.values())) <= 1250 + 1
+        for (_, kind), times in socket.came.items():
+            assert most_in_a_second(times) <= (150 if kind == kinds[1] else TWENTY)
 
     in_loop(scenario)
 
