@@ -4,17 +4,20 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from typing import Any
 
 import httpx
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.management import CommandError, call_command
 
 from config.database import read_clock
@@ -259,17 +262,7 @@ def test_streams_that_come_together_pass_no_limit(settings):
             answers.put_nowait(message)
 
     def ask(address: str, drop_id: Any = drop.pk) -> asyncio.Future[None]:
-        path = f"/api/drops/{drop_id}/events"
-        scope = {
-            "type": "http",
-            "method": "GET",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "scheme": "http",
-            "headers": [(b"host", b"testserver"), (b"accept", b"text/event-stream")],
-            "client": [address, 50000],
-        }
+        scope = stream_scope(drop_id, address=address)
         return asyncio.ensure_future(application(scope, asyncio.Event().wait, send))
 
     async def scenario() -> None:
@@ -294,8 +287,62 @@ def test_streams_that_come_together_pass_no_limit(settings):
     in_loop(scenario)
 
 
+def stream_scope(drop_id: Any, query: bytes = b"", address: str = "127.0.0.1") -> dict[str, Any]:
+    path = f"/api/drops/{drop_id}/events"
+    return {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query,
+        "scheme": "http",
+        "headers": [(b"host", b"testserver"), (b"accept", b"text/event-stream")],
+        "client": [address, 50000],
+    }
+
+
 async def never(*_: Any) -> None:
     raise AssertionError("a stream was asked for")
+
+
+@pytest.mark.parametrize(("query", "last"), [(b"after=0", 391), (b"", 390)])
+def test_what_is_committed_while_the_past_is_told_comes_once_and_in_order(monkeypatch, query, last):
+    drop, told, part_came = drop_with_events(350), [], asyncio.Event()
+
+    def change(up_to: int = 390) -> None:
+        if drop.seq < up_to:
+            update_drop(drop.pk, name=f"Edition {drop.seq}")
+            drop.seq += 1
+
+    def among_changes(read: Any, *arguments: Any) -> Any:
+        change()
+        result = read(*arguments)
+        # What comes after the last look into the log is in no page.
+        change(390 if result else 391)
+        return result
+
+    monkeypatch.setattr(log, "missed_events", partial(among_changes, log.missed_events))
+    monkeypatch.setattr(log, "snapshot", partial(among_changes, log.snapshot))
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            assert message["more_body"], "the stream has ended"
+            told.extend(re.findall(r"id: (\d+)\nevent: (\w+)", message["body"].decode()))
+            part_came.set()
+            await sync_to_async(change)()
+
+    async def scenario() -> None:
+        scope = stream_scope(drop.pk, query)
+        stream = asyncio.ensure_future(EventStreams(never)(scope, asyncio.Event().wait, send))
+        while not told or int(told[-1][0]) < last:
+            await asyncio.wait_for(part_came.wait(), 5)
+            part_came.clear()
+        stream.cancel()
+
+    in_loop(scenario)
+    seqs = [int(seq) for seq, _ in told]
+    assert seqs == list(range(seqs[0], last + 1))
+    assert told[0] == ("1", "STOCK_UPDATED") if query else (str(seqs[0]), "SNAPSHOT")
 
 
 # --- Who does not read ------------------------------------------------------------------
