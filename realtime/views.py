@@ -59,6 +59,7 @@ EXAMPLE = OpenApiExample(
                     "dropId": DROP["id"],
                     "availableStock": 497,
                     "availability": "available",
+                    "soldStock": 2,
                     "variants": [
                         {"id": "c0a8f6a4-70f5-4f0c-8f53-0a3c5d5f7a42", "availableStock": 497}
                     ],

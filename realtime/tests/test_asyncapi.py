@@ -23,6 +23,7 @@ from realtime import hub as hub_module
 from realtime.frames import DATA, PrivateType
 from realtime.models import EventType
 from realtime.tests.sockets import Socket, in_loop
+from realtime.views import EXAMPLE
 from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, release, reserve
 from users.tests.factories import UserFactory
@@ -92,6 +93,11 @@ def test_every_example_keeps_its_schema(document):
         Draft202012Validator.check_schema(message["payload"])
         for example in message["examples"]:
             check(document, example["payload"], name)
+
+
+def test_the_event_that_the_openapi_document_shows_keeps_its_schema(document):
+    for event in EXAMPLE.value["results"]:
+        check(document, event)
 
 
 @pytest.mark.servers
