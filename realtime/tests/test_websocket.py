@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -544,6 +544,53 @@ def test_two_processes_and_two_loops_tell_every_client_each_thing_once(
         told = [f["data"]["reservationId"] for f in frames if f["type"] == "RESERVATION_EXPIRED"]
         assert (len(told), set(told)) == (20, holds)
         assert [f["data"]["availableStock"] for f in frames if f["type"] == STOCK][-1] == 40
+
+
+# --- Private events ---------------------------------------------------------------------
+
+
+def test_a_user_is_told_each_thing_once_on_each_socket_wherever_it_is(
+    web_servers, session_uvicorn, listen
+):
+    user, drops = UserFactory(), DropFactory.create_batch(3)
+    servers = [*web_servers, web_servers[0], session_uvicorn]
+    listeners = [listen(server, headers={"X-User-Id": str(user.pk)}) for server in servers]
+    for listener in listeners:
+        assert [listener.next()["type"] for _ in range(2)] == ["SNAPSHOT", "HOLDS"]
+
+    expired, released, bought = (reserve(drop.pk, Claim(user.pk)) for drop in drops)
+    ends = read_clock() + timedelta(seconds=13)
+    Reservation.objects.filter(pk=expired.pk).update(expires_at=ends)
+    for listener in listeners:
+        frame = next_private(listener)
+        early = ends - datetime.now(UTC)
+        assert frame["type"] == "HOLD_EXPIRING"
+        assert frame["data"]["reservationId"] == str(expired.pk)
+        assert timedelta(seconds=9) < early < timedelta(seconds=11)
+
+    release(released.pk, user)
+    purchase(bought.drop_id, user.pk)
+    expire(expired)
+    told = [[next_private(listener) for _ in range(3)] for listener in listeners]
+    # A second time would be with the next look, after a second.
+    with pytest.raises(TimeoutError):
+        next_private(listeners[0], timeout=2.5)
+    for listener, frames in zip(listeners, told, strict=True):
+        assert {frame["type"]: frame["data"]["reservationId"] for frame in frames} == {
+            "HOLD_RELEASED": str(released.pk),
+            "PURCHASE_CONFIRMED": str(bought.pk),
+            "HOLD_EXPIRED": str(expired.pk),
+        }
+        listener.send(action="ping")
+        assert next_private(listener)["type"] == "PONG"
+
+
+def next_private(listener: Listener, timeout: float = 5) -> dict[str, Any]:
+    """Return the next frame that is no event of a drop."""
+    give_up_at = time.monotonic() + timeout
+    while "seq" in (frame := listener.next(give_up_at - time.monotonic())):
+        continue
+    return frame
 
 
 # --- Messages ---------------------------------------------------------------------------
