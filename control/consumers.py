@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import json
 from datetime import UTC, datetime
+from typing import Any
 
+from channels.auth import get_user
 from channels.db import database_sync_to_async
+from django.contrib.sessions.backends.db import SessionStore
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
-from realtime.consumers import Consumer
+from realtime.consumers import INVALID_IDENTITY, Consumer
 from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
 
@@ -24,13 +27,14 @@ class ControlConsumer(Consumer):
 
     async def connect(self) -> None:
         await self.accept()
-        if not await database_sync_to_async(self.is_allowed)():
+        if not await self.is_allowed():
             return await self.close(NOT_ALLOWED, "for staff who may view drops")
         self.pulse = asyncio.create_task(self.send_pulse())
 
-    def is_allowed(self) -> bool:
-        user = self.scope["user"]
-        return user.is_active and user.is_staff and user.has_perm("drops.view_drop")
+    async def is_allowed(self) -> bool:
+        """Ask the database each time: staff sign out, are switched off, and lose rights."""
+        session = SessionStore(self.scope["session"].session_key)
+        return await database_sync_to_async(may_view_drops)(await get_user({"session": session}))
 
     async def disconnect(self, code: int) -> None:
         if self.pulse is not None:
@@ -41,8 +45,14 @@ class ControlConsumer(Consumer):
             while True:
                 # While the database is away there is nothing to tell; the page sees the silence.
                 with contextlib.suppress(DatabaseError, PoolTimeout):
+                    if not await self.is_allowed():
+                        return await self.close(INVALID_IDENTITY, "no longer signed in, or allowed")
                     await self.send(text_data=await pulse_frame())
                 await asyncio.sleep(PULSE_SECONDS)
+
+
+def may_view_drops(user: Any) -> bool:
+    return user.is_active and user.is_staff and user.has_perm("drops.view_drop")
 
 
 async def pulse_frame() -> str:

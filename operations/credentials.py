@@ -77,7 +77,7 @@ def read_tokens(file: Path) -> tuple[list[uuid.UUID], Credentials]:
     by_user: dict[uuid.UUID, str] = {}
     for number, line in enumerate(file.read_text().split(), 1):
         try:
-            user, _ = tokens.verify(line)
+            user, *_ = tokens.verify(line)
         except InvalidIdentity as exc:
             raise NoCredentials(f"{file}, token {number}: {exc.detail}") from None
         by_user[user] = line

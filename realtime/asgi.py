@@ -33,7 +33,8 @@ from realtime.exceptions import ProcessIsFull, TooManyStreams
 from realtime.frames import EventFrame, Message
 from realtime.hub import get_hub
 from realtime.limits import open_connections
-from users.identity import identify, refuse_unknown
+from realtime.private import end_with
+from users.identity import Identity, identify, refuse_unknown
 
 ADDRESS = re.compile(r"/api/drops/([^/]+)/events/?")
 HEARTBEAT = b": heartbeat\n\n"
@@ -114,7 +115,7 @@ async def open_stream(request: HotRequest) -> "EventStream":
     except BaseException:
         open_connections.leave(address)
         raise
-    return EventStream(request, str(drop_id), after, address)
+    return EventStream(request, str(drop_id), after, address, identity)
 
 
 def read_after(request: HotRequest) -> int | None:
@@ -153,11 +154,19 @@ def common_headers(request: HotRequest) -> list[tuple[bytes, bytes]]:
 class EventStream:
     """One client that listens to one drop."""
 
-    def __init__(self, request: HotRequest, drop_id: str, after: int | None, address: str) -> None:
+    def __init__(
+        self,
+        request: HotRequest,
+        drop_id: str,
+        after: int | None,
+        address: str,
+        identity: Identity | None,
+    ) -> None:
         self.request = request
         self.drop_id = drop_id
         self.after = after
         self.address = address
+        self.identity = identity
         self.waiting: asyncio.Queue[EventFrame | None] = asyncio.Queue(MAX_WAITING_EVENTS)
 
     def hear(self, frames: list[EventFrame]) -> None:
@@ -173,9 +182,21 @@ class EventStream:
             self.waiting.get_nowait()
         self.waiting.put_nowait(None)
 
+    def tell(self, message: Message) -> None:
+        """Say nothing: a stream tells of its drop alone."""
+
+    def end_identity(self) -> None:
+        # Who comes again is refused then.
+        self.reconnect()
+
     async def run(self, receive: Receive, send: Send) -> None:
         hub = get_hub()
         hub.listen(self, self.drop_id)
+        expiry = None
+        if self.identity is not None:
+            # Who looks there for news of users finds out, too, who was switched off.
+            hub.private.add(self.identity.user_id, self)
+            expiry = end_with(self.identity, self)
         stop_with_server(self)
         waiting_send = backpressure.waiting_send(send)
         telling = asyncio.ensure_future(self._tell(waiting_send))
@@ -188,6 +209,10 @@ class EventStream:
             telling.cancel()
             leaving.cancel()
             hub.unlisten(self, self.drop_id)
+            if self.identity is not None:
+                hub.private.remove(self.identity.user_id, self)
+            if expiry is not None:
+                expiry.cancel()
             _streams.discard(self)
             with contextlib.suppress(Exception):
                 backpressure.finish(send)

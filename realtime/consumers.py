@@ -28,10 +28,11 @@ from realtime.frames import EventFrame, Message, is_uuid, pong_frame, text_messa
 from realtime.hub import OUTAGES, Hub, get_hub
 from realtime.limits import Allowance, open_connections
 from realtime.log import is_seq, read_seq
+from realtime.private import end_with
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
 from realtime.wire import Connection, connection_of, write_now
 from users.exceptions import InvalidIdentity, UnknownUser
-from users.identity import identify_socket, refuse_unknown
+from users.identity import Identity, identify_socket, refuse_unknown
 from users.replays import refuse_replay_soon
 
 SERVICE_RESTART = 1012
@@ -87,6 +88,8 @@ class DropConsumer(Consumer):
     # A step of sending that waits for the client to read.
     blocked: asyncio.Task | None = None
     closing: asyncio.Task | None = None
+    # Ends the socket together with what vouches for its user.
+    expiry: asyncio.TimerHandle | None = None
     # None while the client gets everything at once, which is nearly always.
     outbox: Outbox | None = None
 
@@ -117,7 +120,9 @@ class DropConsumer(Consumer):
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
-            self.user_id = await identify(self.scope, ticket_in(offered))
+            identity = await identify(self.scope, ticket_in(offered))
+            if identity is not None:
+                self.user_id, self.expiry = identity.user_id, end_with(identity, self)
             await self._check_rate()
             self.hub = get_hub()
             await self.hub.start()
@@ -157,6 +162,8 @@ class DropConsumer(Consumer):
         """Be over: nothing is sent from now on, and nobody knows this socket any more."""
         self.is_over = True
         self.outbox = None
+        if self.expiry is not None:
+            self.expiry.cancel()
         if self.address is not None:
             open_connections.leave(self.address)
             self.address = None
@@ -305,6 +312,9 @@ class DropConsumer(Consumer):
     def reconnect(self) -> None:
         self._end(SERVICE_RESTART, "connect again")
 
+    def end_identity(self) -> None:
+        self._end(INVALID_IDENTITY, "the identity is no longer valid")
+
     # --- Sending ------------------------------------------------------------------------
 
     def _send(self, message: Message) -> None:
@@ -433,7 +443,7 @@ def read_address(scope: dict[str, Any]) -> tuple[str | None, int | None]:
     return drop_id.lower(), since
 
 
-async def identify(scope: dict[str, Any], ticket: str | None) -> uuid.UUID | None:
+async def identify(scope: dict[str, Any], ticket: str | None) -> Identity | None:
     """Return whose socket this is, by its headers or else by its ticket; None is nobody's.
 
     Raises:
@@ -444,17 +454,17 @@ async def identify(scope: dict[str, Any], ticket: str | None) -> uuid.UUID | Non
         if identity is not None:
             await refuse_replay_soon(identity)
             await database_sync_to_async(refuse_unknown)(identity)
-            return identity.user_id
+            return identity
     except InvalidIdentity:
         raise Closing(INVALID_IDENTITY, "invalid identity") from None
     except UnknownUser:
         raise Closing(INVALID_IDENTITY, "unknown user") from None
     if ticket is None:
         return None
-    user_id = await database_sync_to_async(use_ticket)(ticket)
-    if user_id is None:
+    identity = await database_sync_to_async(use_ticket)(ticket)
+    if identity is None:
         raise Closing(INVALID_IDENTITY, "this ticket is unknown, used or too old")
-    return user_id
+    return identity
 
 
 def parse_message(text: str | None) -> dict[str, Any] | None:

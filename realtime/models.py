@@ -48,6 +48,8 @@ class SocketTicket(models.Model):
     digest = models.BinaryField(primary_key=True, max_length=32)
     user = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="+")
     expires_at = models.DateTimeField(db_index=True)
+    # ``Identity.expires_at`` of who got it. A number: a token may end after the last date there is.
+    identity_expires_at = models.FloatField(null=True)
 
     def __str__(self) -> str:
         return f"{self.user_id} until {self.expires_at}"

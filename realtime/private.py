@@ -22,6 +22,8 @@ from config.database import read_clock
 from purchases.models import Purchase
 from realtime.frames import Message, PrivateType, private_frame, text_message
 from reservations.models import Reservation, ReservationStatus
+from users.identity import Identity
+from users.models import User
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ ENDED = {
 class PrivateSocket(Protocol):
     def tell(self, message: Message) -> None: ...
 
+    def end_identity(self) -> None:
+        """Be over: nothing vouches for the user any more."""
+
 
 @dataclass(slots=True)
 class Hold:
@@ -57,6 +62,7 @@ class Rows:
     """What the database says of some users at ``now``."""
 
     now: datetime
+    switched_off: list[uuid.UUID]
     holds: dict[uuid.UUID, Hold]
     ended: dict[uuid.UUID, str]
     purchases: list[Purchase]
@@ -129,6 +135,9 @@ class PrivateNews:
         except BaseException:
             self._new = new + self._new
             raise
+        for user_id in rows.switched_off:
+            for socket in list(self._sockets.get(user_id, ())):
+                socket.end_identity()
         self._tell_new_sockets(rows, new)
         self._tell_purchases(rows)
         self._tell_ended(rows)
@@ -186,14 +195,26 @@ class PrivateNews:
             socket.tell(message)
 
 
+def end_with(identity: Identity, socket: PrivateSocket) -> asyncio.TimerHandle | None:
+    """Have ``socket`` end when nothing vouches for its user any more, if that has a time."""
+    if identity.expires_at is None:
+        return None
+    left = max(0.0, identity.expires_at - time.time())
+    return asyncio.get_running_loop().call_later(left, socket.end_identity)
+
+
 def pause_after(seconds: float) -> float:
     """Return how long to leave the database alone after a look that took ``seconds``."""
     return max(SHORTEST_PAUSE_SECONDS, REST_PER_LOOK * seconds)
 
 
 def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
-    """Read what ``users`` hold and have just bought, and what became of the ``known`` holds."""
+    """Read what ``users`` hold and have just bought, and what became of the ``known`` holds.
+
+    Also who of them was switched off.
+    """
     now = read_clock()
+    switched_off = User.objects.filter(pk__in=users, is_active=False)
     # One step in an index for each user: both start with the user.
     active = Reservation.objects.active().filter(user__in=users)
     holds = {
@@ -202,4 +223,10 @@ def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
     gone = [pk for pk in known if pk not in holds]
     ended = Reservation.objects.filter(pk__in=gone).values_list("pk", "status") if gone else []
     bought = Purchase.objects.filter(user__in=users, created_at__gt=now - PURCHASE_MARGIN)
-    return Rows(now, holds, dict(ended), list(bought.order_by("created_at")))
+    return Rows(
+        now,
+        list(switched_off.values_list("pk", flat=True)),
+        holds,
+        dict(ended),
+        list(bought.order_by("created_at")),
+    )

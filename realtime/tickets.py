@@ -6,7 +6,6 @@ the page asks for a ticket with its usual headers, and sends it as a subprotocol
 
 import hashlib
 import secrets
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,6 +14,7 @@ from django.db import connection
 
 from config.database import read_clock
 from realtime.models import SocketTicket
+from users.identity import Identity
 from users.models import User
 
 TICKET_SECONDS = 30
@@ -28,18 +28,24 @@ class Ticket:
     expires_at: datetime
 
 
-def issue_ticket(user: User) -> Ticket:
-    """Store a ticket of ``user``, and forget those that nobody used in time."""
+def issue_ticket(user: User, identity_expires_at: float | None = None) -> Ticket:
+    """Store a ticket of ``user``, and forget those that nobody used in time.
+
+    A socket that it opens ends with the identity that got the ticket.
+    """
     now = read_clock()
     SocketTicket.objects.filter(expires_at__lt=now).delete()
     ticket = Ticket(secrets.token_urlsafe(32), now + timedelta(seconds=TICKET_SECONDS))
     SocketTicket.objects.create(
-        digest=digest_of(ticket.value), user=user, expires_at=ticket.expires_at
+        digest=digest_of(ticket.value),
+        user=user,
+        expires_at=ticket.expires_at,
+        identity_expires_at=identity_expires_at,
     )
     return ticket
 
 
-def use_ticket(value: str) -> uuid.UUID | None:
+def use_ticket(value: str) -> Identity | None:
     """Return whose ticket this is, and spend it; None if it is unknown, used or too old.
 
     One statement, so of any number of sockets in any processes one gets the answer.
@@ -51,12 +57,12 @@ def use_ticket(value: str) -> uuid.UUID | None:
             USING users_user AS owner
             WHERE ticket.digest = %s AND ticket.expires_at > clock_timestamp()
                 AND owner.id = ticket.user_id AND owner.is_active
-            RETURNING owner.id
+            RETURNING owner.id, ticket.identity_expires_at
             """,
             [digest_of(value)],
         )
         row = cursor.fetchone()
-    return row[0] if row else None
+    return Identity(row[0], None, expires_at=row[1]) if row else None
 
 
 def prune_tickets(limit: int) -> int:

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
@@ -23,6 +23,7 @@ from realtime.models import EventType
 from realtime.tickets import TICKET_SECONDS, issue_ticket
 from users.authentication import IsIdentified, user_of
 from users.idempotency import idempotent
+from users.identity import Identity
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
@@ -193,7 +194,8 @@ class TicketView(APIView):
     )
     @idempotent
     def post(self, request: Request) -> Response:
-        ticket = issue_ticket(user_of(request))
+        identity = cast(Identity, request.auth)
+        ticket = issue_ticket(user_of(request), identity.expires_at)
         answer = {
             "ticket": ticket.value,
             "expires_at": serializers.DateTimeField().to_representation(ticket.expires_at),

@@ -27,13 +27,13 @@ ADMITTED = "drops.admitted"
 class IdentityAuthentication(BaseAuthentication):
     """Take the identity from the request, as ``settings.IDENTITY_MODE`` says."""
 
-    def authenticate(self, request: Request) -> tuple[User, None] | None:
+    def authenticate(self, request: Request) -> tuple[User, Identity] | None:
         identity = identity_of(request._request)
         if identity is None:
             return None
         record_of(getattr(request._request, "scope", {})).user_id = identity.user_id
         check_rate(request._request, request.parser_context["view"], identity)
-        return get_user(identity), None
+        return get_user(identity), identity
 
     def authenticate_header(self, request: Request) -> str:
         # Without a challenge DRF would answer 403 instead of 401.

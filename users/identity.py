@@ -47,6 +47,8 @@ class Identity:
     name: str | None
     # Set where the request may be carried out only once.
     signature: bytes | None = field(default=None, compare=False)
+    # The Unix time from which on it is no longer vouched for; None where that has no end.
+    expires_at: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,8 @@ def read_bearer_token(asking: Asking) -> Identity | None:
     scheme, _, token = given.strip().partition(" ")
     if scheme.lower() != "bearer":
         raise InvalidIdentity("Authorization must be a bearer token.")
-    user_id, name = tokens.verify(token.strip())
-    return Identity(user_id, clean_name(name))
+    user_id, name, expires_at = tokens.verify(token.strip())
+    return Identity(user_id, clean_name(name), expires_at=expires_at)
 
 
 READERS: dict[str, Callable[[Asking], Identity | None]] = {

@@ -35,8 +35,8 @@ FILE_SECONDS = 10.0
 _verified: dict[bytes, tuple[uuid.UUID, str | None, float]] = {}
 
 
-def verify(token: str) -> tuple[uuid.UUID, str | None]:
-    """Return the user id and the name that ``token`` vouches for.
+def verify(token: str) -> tuple[uuid.UUID, str | None, float]:
+    """Return the user id and the name that ``token`` vouches for, and until when (Unix time).
 
     Raises:
         InvalidIdentity: it is no valid token for this service at this time.
@@ -54,11 +54,10 @@ def verify(token: str) -> tuple[uuid.UUID, str | None]:
         if len(_verified) >= MAX_REMEMBERED:
             _verified.clear()
         _verified[digest] = known
-    user_id, name, until = known
-    if time.time() >= until:
+    if time.time() >= known[2]:
         _verified.pop(digest, None)
         raise InvalidIdentity("The token is not valid: Signature has expired.")
-    return user_id, name
+    return known
 
 
 def forget_verified() -> None:

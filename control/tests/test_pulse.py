@@ -2,11 +2,14 @@ import json
 from contextlib import ExitStack
 
 import pytest
+from django.contrib.auth.models import Permission
+from django.contrib.sessions.models import Session
 from django.test import Client
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from reservations.tests.factories import ReservationFactory
+from users.models import User
 from users.tests.factories import UserFactory
 
 
@@ -53,6 +56,26 @@ def test_the_pulse_is_for_staff_who_may_view_drops(follow_pulse):
         with follow_pulse(user) as socket, pytest.raises(ConnectionClosedError) as closed:
             socket.recv(timeout=20)
         assert closed.value.rcvd.code == 4403
+
+
+@pytest.mark.parametrize("how", ["signed out", "switched off", "no longer staff", "without role"])
+def test_the_pulse_ends_with_the_right_to_it(follow_pulse, how):
+    user = UserFactory(is_staff=True)
+    right = Permission.objects.get(codename="view_drop")
+    user.user_permissions.add(right)
+
+    with follow_pulse(user) as socket:
+        assert json.loads(socket.recv(timeout=20))["type"] == "PULSE"
+        if how == "signed out":
+            Session.objects.all().delete()
+        elif how == "without role":
+            user.user_permissions.remove(right)
+        else:
+            lost = "is_active" if how == "switched off" else "is_staff"
+            User.objects.filter(pk=user.pk).update(**{lost: False})
+        with pytest.raises(ConnectionClosedError) as closed:
+            [socket.recv(timeout=20) for _ in range(3)]
+    assert closed.value.rcvd.code == 4401
 
 
 def test_the_pulse_is_not_for_pages_of_other_sites(follow_pulse):

@@ -9,11 +9,13 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.db import transaction
 from django.db.models import F
 
 from config.database import read_clock
@@ -33,7 +35,10 @@ from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, release, reserve, void_reservation
 from reservations.tests.test_expire_command import create_overdue_holds
 from tests.concurrency import at_once
+from tests.identities import bearer, identity_mode
+from users.models import User
 from users.tests.factories import UserFactory
+from users.tokens import LEEWAY_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -672,7 +677,7 @@ def test_of_many_who_come_with_one_ticket_one_gets_in():
 
     outcomes = at_once(*[lambda: use_ticket(ticket.value)] * 8)
 
-    assert [user_id for user_id in outcomes if user_id] == [user.pk]
+    assert [identity.user_id for identity in outcomes if identity] == [user.pk]
 
 
 @pytest.mark.parametrize("ticket", ["", "x", "ticket", "\x00", "é" * 100])
@@ -690,6 +695,83 @@ def test_outside_development_an_unknown_user_is_refused(settings):
     async def scenario() -> None:
         socket = Socket(headers={"X-User-Id": str(uuid.uuid4())})
         assert await socket.close_code() == consumers.INVALID_IDENTITY
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("with_ticket", [False, True])
+def test_a_socket_ends_with_the_token_that_opened_it(client_of, with_ticket):
+    user = UserFactory()
+
+    async def scenario(**options: Any) -> None:
+        socket = await following("/ws/drops", **options)
+        assert (await socket.next())["type"] == "HOLDS"
+        assert await socket.close_code() == consumers.INVALID_IDENTITY
+        assert ends_at <= time.time() < ends_at + 1
+
+    with identity_mode("jwt"):
+        ends_at = time.time() + 2
+        headers = bearer(user, exp=ends_at - LEEWAY_SECONDS)
+        if with_ticket:
+            ticket = client_of().post("/api/ws-ticket", headers=headers).json()["ticket"]
+            options = {"subprotocols": ("drops.v1", f"ticket.{ticket}")}
+        else:
+            options = {"headers": headers}
+        in_loop(partial(scenario, **options))
+
+
+def test_who_leaves_before_the_token_ends_leaves_no_timer(monkeypatch):
+    timers = []
+
+    def remember(*arguments: Any) -> asyncio.TimerHandle | None:
+        timers.append(end_with(*arguments))
+        return timers[-1]
+
+    end_with = private_news.end_with
+    monkeypatch.setattr(consumers, "end_with", remember)
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", headers=bearer(UserFactory.build()))
+        assert not timers[0].cancelled()
+        await socket.leave()
+        assert timers[0].cancelled()
+
+    with identity_mode("jwt"):
+        in_loop(scenario)
+
+
+def test_a_token_may_end_after_the_last_date_there_is(client_of):
+    with identity_mode("jwt"):
+        answer = client_of().post("/api/ws-ticket", headers=bearer(UserFactory(), exp=1e300))
+    assert answer.status_code == 201
+
+    async def scenario() -> None:
+        offer = ("drops.v1", f"ticket.{answer.json()['ticket']}")
+        await following("/ws/drops", subprotocols=offer)
+
+    in_loop(scenario)
+
+
+def test_who_is_switched_off_is_told_nothing_more():
+    drop = DropFactory()
+    user, other = UserFactory.create_batch(2)
+    hold = reserve(drop.pk, Claim(user.pk))
+
+    def switch_off_and_release() -> None:
+        with transaction.atomic():
+            User.objects.filter(pk=user.pk).update(is_active=False)
+            release(hold.pk, user)
+
+    async def scenario() -> None:
+        sockets = [
+            await following(f"/ws/drops/{await other_drop()}", headers={"X-User-Id": str(one.pk)})
+            for one in (user, other)
+        ]
+        assert [(await socket.next())["type"] for socket in sockets] == ["HOLDS"] * 2
+        await sync_to_async(switch_off_and_release)()
+        assert await sockets[0].close_code() == consumers.INVALID_IDENTITY
+        assert sockets[0]._frames.empty()
+        assert not sockets[1].is_closed.is_set()
 
     in_loop(scenario)
 

@@ -25,12 +25,16 @@ from drops.services import update_drop
 from drops.tests.factories import DropFactory
 from realtime import log
 from realtime.asgi import EventStreams
+from realtime.hub import get_hub
 from realtime.limits import open_connections
 from realtime.models import Event
 from realtime.tests.sockets import in_loop
 from realtime.tests.test_hub import drop_with_events
+from tests.identities import bearer, identity_mode
 from tests.servers import WebServer, running_web_servers
+from users.models import User
 from users.tests.factories import UserFactory
+from users.tokens import LEEWAY_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -287,8 +291,11 @@ def test_streams_that_come_together_pass_no_limit(settings):
     in_loop(scenario)
 
 
-def stream_scope(drop_id: Any, query: bytes = b"", address: str = "127.0.0.1") -> dict[str, Any]:
+def stream_scope(
+    drop_id: Any, query: bytes = b"", address: str = "127.0.0.1", **headers: str
+) -> dict[str, Any]:
     path = f"/api/drops/{drop_id}/events"
+    given = {"Host": "testserver", "Accept": "text/event-stream"} | headers
     return {
         "type": "http",
         "method": "GET",
@@ -296,9 +303,36 @@ def stream_scope(drop_id: Any, query: bytes = b"", address: str = "127.0.0.1") -
         "raw_path": path.encode(),
         "query_string": query,
         "scheme": "http",
-        "headers": [(b"host", b"testserver"), (b"accept", b"text/event-stream")],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
         "client": [address, 50000],
     }
+
+
+@pytest.mark.parametrize("why", ["the token ends", "switched off"])
+def test_a_stream_ends_with_the_identity_that_opened_it(why):
+    drop, user = drop_with_events(1), UserFactory()
+    is_off = why == "switched off"
+    ends_at = time.time() + (60 if is_off else 2)
+    chunks: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        chunks.put_nowait(message.get("body", b""))
+
+    async def scenario() -> None:
+        headers = bearer(user, exp=ends_at - LEEWAY_SECONDS)
+        scope = stream_scope(drop.pk, **headers)
+        running = asyncio.ensure_future(EventStreams(never)(scope, asyncio.Event().wait, send))
+        while b"SNAPSHOT" not in await asyncio.wait_for(chunks.get(), 5):
+            pass
+        if is_off:
+            await User.objects.filter(pk=user.pk).aupdate(is_active=False)
+        await asyncio.wait_for(running, 5)
+        assert is_off or ends_at <= time.time() < ends_at + 1
+        assert not get_hub().private._sockets
+        assert open_connections.total == 0
+
+    with identity_mode("jwt"):
+        in_loop(scenario)
 
 
 async def never(*_: Any) -> None:
