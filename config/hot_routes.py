@@ -23,11 +23,13 @@ from config.addresses import socket_address
 from config.answers import cors_headers, security_headers
 from config.asgi_types import Application, Receive, Scope, Send
 from config.middleware import request_id
-from config.problems import CONTENT_TYPE, problem, to_api_exception
+from config.problems import CONTENT_TYPE, RateLimited, problem, to_api_exception
 from config.problems import headers as problem_headers
 from config.quick_settings import quick_settings
+from config.rate_limits import rate_limits
 from config.servers import send_at_once
 from operations.requests import Record, record_of
+from users.exceptions import InvalidIdentity
 from users.identity import Asking, raw_target
 
 # Headers that may stand only once; a repeated one is for the viewsets to judge.
@@ -214,7 +216,7 @@ class HotRoutes:
         except FallThrough:
             return await self.rest(scope, put_back(message, receive), send)
         except APIException as exc:
-            answer = problem_answer(exc, request.request_id)
+            answer = problem_answer(await counted(exc, request), request.request_id)
         except Exception as exc:
             # What is logged of it names the request.
             with bound_contextvars(request_id=request.request_id):
@@ -394,6 +396,16 @@ def put_back(first: Mapping[str, Any] | None, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return receive_again
+
+
+async def counted(error: APIException, request: HotRequest) -> APIException:
+    """Return ``error``, or for one failed identity too many from its address that it was that."""
+    if isinstance(error, InvalidIdentity):
+        try:
+            await rate_limits().check_soon("identity", None, request.client_address)
+        except RateLimited as exc:
+            return exc
+    return error
 
 
 def problem_answer(error: APIException, identifier: str) -> HotAnswer:

@@ -59,6 +59,7 @@ class Limit:
         self.amount = self.item.amount
         self.seconds = self.item.get_expiry()
         self.alone = int(self.amount * SHARE_ALONE)
+        self._what = "failed identities" if action == "identity" else "requests"
         self._refusals = metrics.rate_limited.of(action, kind)
         self._policy = f'"{kind}";q={self.amount};w={self.seconds}'.encode()
         self._kind = kind.encode()
@@ -120,7 +121,7 @@ class Limit:
         self._refusals.add()
         wait = max(1, math.ceil(seconds))
         return RateLimited(
-            f"More than {self.amount} requests in {self.seconds} s from this {self.kind}.",
+            f"More than {self.amount} {self._what} in {self.seconds} s from this {self.kind}.",
             wait,
             self.headers(self.amount, wait),
         )

@@ -275,6 +275,9 @@ RATE_LIMITS = {
     "purchase": rate_limit("purchase", "60", "1200"),
     "create": rate_limit("create", "30", "120"),
     "socket": rate_limit("socket", "60", "600"),
+    "ticket": rate_limit("ticket", "60", "600"),
+    # Failures alone: who is not believed has no user.
+    "identity": ("", env.rate("RATE_LIMIT_IDENTITY_PER_ADDRESS", "off" if DEBUG else "300/minute")),
 }
 
 # --- REST -------------------------------------------------------------------------------

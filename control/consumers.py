@@ -12,7 +12,7 @@ from django.contrib.sessions.backends.db import SessionStore
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
-from realtime.consumers import INVALID_IDENTITY, Consumer
+from realtime.consumers import INVALID_IDENTITY, TOO_MANY_NEW, Closing, Consumer
 from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
 
@@ -27,8 +27,13 @@ class ControlConsumer(Consumer):
 
     async def connect(self) -> None:
         await self.accept()
-        if not await self.is_allowed():
-            return await self.close(NOT_ALLOWED, "for staff who may view drops")
+        try:
+            self._enter()
+            await self._check_rate("socket", TOO_MANY_NEW)
+            if not await self.is_allowed():
+                raise Closing(NOT_ALLOWED, "for staff who may view drops")
+        except Closing as exc:
+            return await self.close(exc.code, exc.reason)
         self.pulse = asyncio.create_task(self.send_pulse())
 
     async def is_allowed(self) -> bool:
@@ -37,6 +42,7 @@ class ControlConsumer(Consumer):
         return await database_sync_to_async(may_view_drops)(await get_user({"session": session}))
 
     async def disconnect(self, code: int) -> None:
+        await super().disconnect(code)
         if self.pulse is not None:
             self.pulse.cancel()
 

@@ -22,6 +22,7 @@ from config.hot_routes import (
     FallThrough,
     HotRequest,
     added_headers,
+    counted,
     parse_uuid,
     problem_answer,
     read_request,
@@ -74,7 +75,7 @@ class EventStreams:
         try:
             stream = await open_stream(request)
         except Exception as exc:
-            return await refuse(request, to_api_exception(exc), send)
+            return await refuse(request, await counted(to_api_exception(exc), request), send)
         record.status, record.drop_id = 200, stream.drop_id
         try:
             await stream.run(receive, send)

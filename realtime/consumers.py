@@ -46,6 +46,7 @@ TOO_MANY_SUBSCRIPTIONS = 4409
 TOO_MANY_MESSAGES = 4429
 TOO_MANY_SOCKETS = 4430
 PROCESS_IS_FULL = 4503
+TOO_MANY_NEW = "too many new sockets of this user or address"
 
 # How long a client may leave what was sent to it unread.
 SLOWEST_READ_SECONDS = 5.0
@@ -66,12 +67,57 @@ class Closing(Exception):
 
 
 class Consumer(AsyncWebsocketConsumer):
+    """A socket that counts, for as long as it is open."""
+
     channel_layer_alias = "none: the hub listens for all sockets"
+    address: str | None = None
+    user_id: uuid.UUID | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Also where a server that stops cancels what it runs.
+            self._forget()
 
     async def dispatch(self, message: dict[str, Any]) -> None:
         # Channels looks after database connections in a thread for each message; here, what
         # uses the database does so itself.
         await getattr(self, message["type"].replace(".", "_"))(message)
+
+    async def disconnect(self, code: int) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be over: this socket counts no more."""
+        if self.address is not None:
+            open_connections.leave(self.address)
+            self.address = None
+
+    def _enter(self) -> None:
+        """Count the socket among those that are open.
+
+        Raises:
+            Closing: there are too many in this process, or of this address.
+        """
+        address = socket_address(self.scope)
+        if open_connections.is_full:
+            raise Closing(PROCESS_IS_FULL, "this process has as many sockets as it takes")
+        if open_connections.is_full_for(address):
+            raise Closing(TOO_MANY_SOCKETS, "too many sockets from this address")
+        open_connections.enter(address)
+        self.address = address
+
+    async def _check_rate(self, action: str, reason: str) -> None:
+        """Count the connection; who has no identity is counted by address alone.
+
+        Raises:
+            Closing: for ``reason``; there were too many of this user or address.
+        """
+        try:
+            await rate_limits().check_soon(action, self.user_id, lambda: self.address or "")
+        except RateLimited:
+            raise Closing(TOO_MANY_SOCKETS, f"{reason}; try again later") from None
 
 
 class DropConsumer(Consumer):
@@ -81,8 +127,6 @@ class DropConsumer(Consumer):
     # Where the server's own ``send`` need not be asked.
     connection: Connection | None = None
     hub: Hub
-    address: str | None = None
-    user_id: uuid.UUID | None = None
     is_watching_all = False
     is_over = False
     # A step of sending that waits for the client to read.
@@ -92,13 +136,6 @@ class DropConsumer(Consumer):
     expiry: asyncio.TimerHandle | None = None
     # None while the client gets everything at once, which is nearly always.
     outbox: Outbox | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            # Also where a server that stops cancels what it runs.
-            self._forget()
 
     async def connect(self) -> None:
         self.watched: set[str] = set()
@@ -120,10 +157,10 @@ class DropConsumer(Consumer):
         try:
             self._enter()
             drop_id, since = read_address(self.scope)
-            identity = await identify(self.scope, ticket_in(offered))
+            identity = await self._identify(ticket_in(offered))
             if identity is not None:
                 self.user_id, self.expiry = identity.user_id, end_with(identity, self)
-            await self._check_rate()
+            await self._check_rate("socket", TOO_MANY_NEW)
             self.hub = get_hub()
             await self.hub.start()
             await self._begin(drop_id, since)
@@ -132,29 +169,22 @@ class DropConsumer(Consumer):
         except (Closing, *OUTAGES) as exc:
             self._end(*why(exc))
 
-    def _enter(self) -> None:
-        address = socket_address(self.scope)
-        if open_connections.is_full:
-            raise Closing(PROCESS_IS_FULL, "this process has as many sockets as it takes")
-        if open_connections.is_full_for(address):
-            raise Closing(TOO_MANY_SOCKETS, "too many sockets from this address")
-        open_connections.enter(address)
-        self.address = address
-
-    async def _check_rate(self) -> None:
-        """Count the connection; who has no identity is counted by address alone.
+    async def _identify(self, ticket: str | None) -> Identity | None:
+        """Return whose socket this is; see ``identify``.
 
         Raises:
-            Closing: there were too many of this user or address.
+            Closing: nobody's who may have one. Who is not believed is counted.
         """
         try:
-            await rate_limits().check_soon("socket", self.user_id, lambda: self.address or "")
-        except RateLimited:
-            reason = "too many new sockets of this user or address; try again later"
-            raise Closing(TOO_MANY_SOCKETS, reason) from None
+            return await identify(self.scope, ticket)
+        except InvalidIdentity:
+            await self._check_rate("identity", "too many failed identities of this address")
+            raise Closing(INVALID_IDENTITY, "the identity or the ticket is not valid") from None
+        except UnknownUser:
+            raise Closing(INVALID_IDENTITY, "unknown user") from None
 
     async def disconnect(self, code: int) -> None:
-        self._forget()
+        await super().disconnect(code)
         if self.blocked is not None:
             self.blocked.cancel()
 
@@ -164,9 +194,7 @@ class DropConsumer(Consumer):
         self.outbox = None
         if self.expiry is not None:
             self.expiry.cancel()
-        if self.address is not None:
-            open_connections.leave(self.address)
-            self.address = None
+        super()._forget()
         if hasattr(self, "hub"):
             self.hub.forget(self, self.watched)
             if self.user_id is not None:
@@ -398,7 +426,12 @@ class NotFoundConsumer(Consumer):
 
     async def connect(self) -> None:
         await self.accept()
-        await self.close(NOT_FOUND, "no such socket")
+        try:
+            self._enter()
+            await self._check_rate("socket", TOO_MANY_NEW)
+            raise Closing(NOT_FOUND, "no such socket")
+        except Closing as exc:
+            await self.close(exc.code, exc.reason)
 
 
 def why(exc: Exception) -> tuple[int, str]:
@@ -447,23 +480,19 @@ async def identify(scope: dict[str, Any], ticket: str | None) -> Identity | None
     """Return whose socket this is, by its headers or else by its ticket; None is nobody's.
 
     Raises:
-        Closing: the headers, or the ticket, are not valid, or were used before.
+        InvalidIdentity: the headers, or the ticket, are not valid, or were used before.
+        UnknownUser: there is no such user, or staff switched it off.
     """
-    try:
-        identity = identify_socket(scope)
-        if identity is not None:
-            await refuse_replay_soon(identity)
-            await database_sync_to_async(refuse_unknown)(identity)
-            return identity
-    except InvalidIdentity:
-        raise Closing(INVALID_IDENTITY, "invalid identity") from None
-    except UnknownUser:
-        raise Closing(INVALID_IDENTITY, "unknown user") from None
+    identity = identify_socket(scope)
+    if identity is not None:
+        await refuse_replay_soon(identity)
+        await database_sync_to_async(refuse_unknown)(identity)
+        return identity
     if ticket is None:
         return None
     identity = await database_sync_to_async(use_ticket)(ticket)
     if identity is None:
-        raise Closing(INVALID_IDENTITY, "this ticket is unknown, used or too old")
+        raise InvalidIdentity
     return identity
 
 

@@ -163,6 +163,8 @@ class TicketView(APIView):
     """A ticket for a socket that can't send the identity's headers, as in browsers."""
 
     permission_classes = [IsIdentified]
+    action = "ticket"
+    rate_limited = (action,)
 
     @extend_schema(
         summary="Get a ticket for a WebSocket",

@@ -11,6 +11,7 @@ from config.addresses import client_address
 from config.problems import CHALLENGES
 from config.rate_limits import rate_limits
 from operations.requests import record_of
+from users.exceptions import InvalidIdentity
 from users.identity import Asking, Identity, get_user, identify, raw_target
 from users.models import User
 from users.replays import refuse_replay
@@ -28,7 +29,12 @@ class IdentityAuthentication(BaseAuthentication):
     """Take the identity from the request, as ``settings.IDENTITY_MODE`` says."""
 
     def authenticate(self, request: Request) -> tuple[User, Identity] | None:
-        identity = identity_of(request._request)
+        try:
+            identity = identity_of(request._request)
+        except InvalidIdentity:
+            # Counted only then: others behind the same address are still believed.
+            rate_limits().check("identity", None, lambda: address_of(request._request))
+            raise
         if identity is None:
             return None
         record_of(getattr(request._request, "scope", {})).user_id = identity.user_id
@@ -74,12 +80,12 @@ def check_rate(request: HttpRequest, view: "APIView", identity: Identity) -> Non
         request.rate_limit = scope[ADMITTED][1]  # type: ignore[attr-defined]
     elif action in getattr(view, "rate_limited", ()):
         request.rate_limit = rate_limits().check(  # type: ignore[attr-defined]
-            str(action),
-            identity.user_id,
-            lambda: client_address(
-                request.META.get("REMOTE_ADDR"), request.META.get("HTTP_X_FORWARDED_FOR")
-            ),
+            str(action), identity.user_id, lambda: address_of(request)
         )
+
+
+def address_of(request: HttpRequest) -> str:
+    return client_address(request.META.get("REMOTE_ADDR"), request.META.get("HTTP_X_FORWARDED_FOR"))
 
 
 def user_of(request: Request) -> User:

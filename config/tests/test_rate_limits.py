@@ -1,6 +1,7 @@
 """Limits per user and per address: here, in all processes, and while Redis is away."""
 
 import asyncio
+import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,14 @@ from config.problems import RateLimited
 from config.rate_limits import Limit, RateLimits
 from drops.models import Drop
 from drops.tests.factories import DropFactory
+from realtime.asgi import EventStreams
 from realtime.consumers import TOO_MANY_SOCKETS
-from tests.hot import hot_lane, viewset_lane
+from realtime.limits import open_connections
+from realtime.models import SocketTicket
+from realtime.tests.test_streams import never, stream_scope
+from tests.hot import Request, hot_lane, viewset_lane
+from tests.identities import bearer, identity_mode, private_key, signed
+from tests.test_conformance import readable
 from users.tests.factories import UserFactory
 
 NEW_DROP = {"name": "Aurora", "price": 1, "total_stock": 1}
@@ -29,8 +36,7 @@ def limits(settings, servers):
     """Return a function that makes the limits of a process; the first one's serve this process."""
 
     def make(user: str = "", address: str = "") -> RateLimits:
-        actions = ("reserve", "purchase", "create", "socket")
-        settings.RATE_LIMITS = dict.fromkeys(actions, (user, address))
+        settings.RATE_LIMITS = dict.fromkeys(settings.RATE_LIMITS, (user, address))
         rate_limits.rate_limits.cache_clear()
         return RateLimits()
 
@@ -216,20 +222,135 @@ def test_creating_drops_is_limited_and_reading_is_not(limits, client_of, db):
     assert Drop.objects.count() == 2
 
 
-def test_sockets_are_limited(limits, servers, db):
-    limits(address="2/minute")
+async def close_code(path: str, subprotocols: tuple[str, ...] = (), **headers: str) -> int:
+    """Return how a socket from one and the same address is closed."""
     from config.asgi import application
 
-    async def code_of_each():
-        codes = []
-        for _ in range(3):
-            socket = WebsocketCommunicator(application, f"/ws/drops/{uuid.uuid4()}")
-            socket.scope["client"] = ("203.0.113.7", 1)
-            await socket.connect(timeout=10)
-            codes.append((await socket.receive_output(timeout=10))["code"])
-        # The thread's own, which would outlive the test.
-        await database_sync_to_async(lambda: connection.close())()
-        return codes
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    socket = WebsocketCommunicator(application, path, given, [*subprotocols])
+    socket.scope["client"] = ("203.0.113.7", 1)
+    await socket.connect(timeout=10)
+    code = (await socket.receive_output(timeout=10))["code"]
+    await socket.disconnect(timeout=10)
+    # The thread's own, which would outlive the test.
+    await database_sync_to_async(lambda: connection.close())()
+    return code
 
-    # There is no such drop; who comes too often doesn't even learn that.
-    assert asyncio.run(code_of_each()) == [4404, 4404, TOO_MANY_SOCKETS]
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [(f"/ws/drops/{uuid.UUID(int=7)}", 4404), ("/ws/control", 4403), ("/ws/elsewhere", 4404)],
+)
+def test_sockets_are_limited(limits, db, path, code):
+    limits(address="2/minute")
+
+    async def code_of_each():
+        return [await close_code(path, host="localhost", origin="http://localhost") for _ in "123"]
+
+    # There is no such drop, or no such right; who comes too often doesn't even learn that.
+    assert asyncio.run(code_of_each()) == [code, code, TOO_MANY_SOCKETS]
+
+
+@pytest.mark.parametrize("path", ["/ws/control", "/ws/elsewhere"])
+def test_an_address_can_have_all_its_sockets_open_and_no_more(settings, limits, db, path):
+    limits()
+    settings.SOCKETS_PER_ADDRESS = 1
+    headers = {"host": "localhost", "origin": "http://localhost"}
+
+    open_connections.enter("203.0.113.7")
+    try:
+        assert asyncio.run(close_code(path, **headers)) == TOO_MANY_SOCKETS
+    finally:
+        open_connections.leave("203.0.113.7")
+    assert asyncio.run(close_code(path, **headers)) != TOO_MANY_SOCKETS
+    assert open_connections.total == 0
+
+
+def test_tickets_are_limited(limits, client_of, db):
+    limits(user="2/minute")
+    client = client_of(UserFactory())
+
+    answers = [client.post("/api/ws-ticket") for _ in range(3)]
+
+    assert [answer.status_code for answer in answers] == [201, 201, 429]
+    assert answers[0]["RateLimit-Policy"] == '"user";q=2;w=60'
+    assert SocketTicket.objects.count() == 2
+
+
+# --- Failed identities ------------------------------------------------------------------
+
+
+BELIEVED = {
+    "header": lambda path, user: {"X-User-Id": str(user.pk)},
+    "gateway": lambda path, user: signed("POST", path, user),
+    "jwt": lambda path, user: bearer(user),
+}
+FAILED = {
+    "header": lambda path: {"X-User-Id": "me"},
+    "gateway": lambda path: signed(
+        "POST", path, uuid.uuid4(), secret="the-secret-of-another-gateway"
+    ),
+    "jwt": lambda path: bearer(uuid.uuid4(), key=private_key(1)),
+}
+
+
+@pytest.mark.parametrize("mode", FAILED)
+@pytest.mark.django_db(transaction=True)
+def test_an_address_may_fail_so_often_and_who_is_believed_is_served_all_the_same(mode, limits):
+    drop, users = DropFactory(), UserFactory.create_batch(2)
+    reserve = f"/api/drops/{drop.pk}/reserve"
+    # Hot routes, and one that is the viewset's in both lanes.
+    paths = [reserve, f"/api/drops/{drop.pk}/purchase", "/api/drops"]
+
+    async def ask(application, user):
+        failed = [await application.send(request(path, FAILED[mode](path))) for path in 2 * paths]
+        return failed, await application.send(request(reserve, BELIEVED[mode](reserve, user)))
+
+    transcripts = []
+    for lane, user in zip((hot_lane, viewset_lane), users, strict=True):
+        with identity_mode(mode, CHANNEL_PREFIX=f"test-{uuid.uuid4()}"), lane() as application:
+            rate_limits.shared_windows.cache_clear()
+            limits(address="4/minute")
+            failed, served = asyncio.run(ask(application, user))
+        assert [answer.status for answer in failed] == [401] * 4 + [429] * 2
+        problem = failed[-1].json()
+        assert problem["code"] == "rate_limited"
+        assert problem["detail"] == "More than 4 failed identities in 60 s from this address."
+        assert 0 < int(failed[-1].header("retry-after")) <= 60
+        assert served.status == 201
+        transcripts.append(
+            [re.sub(r"retry-after: \d+", "", str(readable(answer))) for answer in failed]
+        )
+
+    assert transcripts[0] == transcripts[1]
+    drop.refresh_from_db()
+    assert drop.available_stock == 8
+
+
+def request(path: str, headers: dict[str, str]) -> Request:
+    return Request("POST", path, headers=tuple(headers.items()))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_failed_identities_of_sockets_and_streams_count_with_the_others(limits, client_of):
+    limits(address="3/minute")
+    drop = DropFactory()
+
+    async def fail():
+        codes = [
+            await close_code("/ws/drops", x_user_id="me"),
+            await close_code("/ws/drops", ("drops.v1", "ticket.unknown")),
+        ]
+        statuses = []
+        scope = stream_scope(drop.pk, "203.0.113.7", **{"X-User-Id": "me"})
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        for _ in range(2):
+            await EventStreams(never)(scope, asyncio.Event().wait, send)
+        return codes, statuses[::2], await close_code("/ws/drops", x_user_id="me")
+
+    codes, statuses, last = asyncio.run(fail())
+
+    assert (codes, statuses, last) == ([4401, 4401], [401, 429], TOO_MANY_SOCKETS)
