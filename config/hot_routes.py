@@ -46,6 +46,7 @@ READ_HEADERS = {
     b"content-type",
     b"accept",
     b"origin",
+    b"sec-fetch-site",
     b"if-none-match",
     b"content-length",
     b"transfer-encoding",

@@ -11,6 +11,7 @@ from django.db import transaction
 from rest_framework.exceptions import APIException, NotFound
 
 from config.hot_routes import FallThrough, HotAnswer, HotRequest
+from config.origins import may_be_forged
 from config.rate_limits import rate_limits
 from drops.group_commit import GroupCommit, Settle
 from drops.services import Wait
@@ -41,12 +42,13 @@ async def admit(request: HotRequest, action: str) -> Identity:
     """Return who is asking, if not too often.
 
     Raises:
-        FallThrough: nobody says so.
+        FallThrough: nobody says so, or perhaps a page of another site.
         InvalidIdentity: it can't be read or is not proven, or was used before.
         RateLimited: this user, or this address, asked too often.
     """
-    identity = identify(request.asking())
-    if identity is None:
+    asking = request.asking()
+    identity = identify(asking)
+    if identity is None or may_be_forged(asking.header):
         raise FallThrough
     request.record.user_id = identity.user_id
     if identity.signature is not None:

@@ -87,6 +87,7 @@ class PurchaseViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericV
         responses=answers(
             {201: PurchaseSerializer, 200: PurchaseSerializer},
             *IDENTIFIED,
+            "permission_denied",
             *WITH_BODY,
             *REFUSALS,
             *IDEMPOTENT,

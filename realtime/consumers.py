@@ -9,7 +9,7 @@ import contextlib
 import uuid
 from collections.abc import Awaitable
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import orjson
 from channels.db import database_sync_to_async
@@ -19,7 +19,7 @@ from django.core.exceptions import ObjectDoesNotExist
 
 from config.addresses import socket_address
 from config.asgi_types import Receive, Scope, Send
-from config.hot_routes import host_is_allowed
+from config.origins import may_be_forged, origin_is_allowed
 from config.problems import RateLimited
 from config.rate_limits import rate_limits
 from realtime import backpressure, log
@@ -32,7 +32,7 @@ from realtime.private import end_with
 from realtime.tickets import SUBPROTOCOL, ticket_in, use_ticket
 from realtime.wire import Connection, connection_of, write_now
 from users.exceptions import InvalidIdentity, UnknownUser
-from users.identity import Identity, identify_socket, refuse_unknown
+from users.identity import Identity, identify_socket, joined_headers, refuse_unknown
 from users.replays import refuse_replay_soon
 
 SERVICE_RESTART = 1012
@@ -139,7 +139,8 @@ class DropConsumer(Consumer):
 
     async def connect(self) -> None:
         self.watched: set[str] = set()
-        if not origin_is_allowed(self.scope["headers"]):
+        headers = joined_headers(self.scope)
+        if not origin_is_allowed(headers.get("origin"), headers.get("host", "")):
             # Before the handshake: that page's socket shall never open.
             return await self.close()
         # Where a snapshot was newer than the hub's newest frame, by drop.
@@ -440,23 +441,6 @@ def why(exc: Exception) -> tuple[int, str]:
     return TRY_AGAIN_LATER, "try again later"
 
 
-def origin_is_allowed(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Say whether a page of this origin may connect; who names none is no browser's page."""
-    given = [value.decode("latin-1") for name, value in headers if name == b"origin"]
-    if not given or settings.CORS_ALLOW_ALL_ORIGINS:
-        return True
-    origin = given[0]
-    if len(given) > 1 or origin == "null":
-        return False
-    try:
-        site = urlsplit(origin).netloc.lower()
-    except ValueError:
-        return False
-    host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
-    is_own = site == host.lower() and host_is_allowed(host)
-    return is_own or origin in settings.CORS_ALLOWED_ORIGINS
-
-
 def read_address(scope: dict[str, Any]) -> tuple[str | None, int | None]:
     """Return the drop of the address, and the last sequence number that the client has.
 
@@ -485,6 +469,9 @@ async def identify(scope: dict[str, Any], ticket: str | None) -> Identity | None
     """
     identity = identify_socket(scope)
     if identity is not None:
+        if may_be_forged(joined_headers(scope).get):
+            # With CORS_ORIGINS=* pages of all sites may watch, but not as their visitor.
+            raise InvalidIdentity
         await refuse_replay_soon(identity)
         await database_sync_to_async(refuse_unknown)(identity)
         return identity

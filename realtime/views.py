@@ -190,6 +190,7 @@ class TicketView(APIView):
                 )
             },
             *IDENTIFIED,
+            "permission_denied",
             *IDEMPOTENT,
             "validation_error",
         ),

@@ -122,6 +122,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
         responses=answers(
             {201: ReservationSerializer, 200: ReservationSerializer},
             *IDENTIFIED,
+            "permission_denied",
             *WITH_BODY,
             *REFUSALS,
             *IDEMPOTENT,
@@ -146,6 +147,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
         responses=answers(
             {200: ReservationSerializer},
             *IDENTIFIED,
+            "permission_denied",
             "not_found",
             "reservation_expired",
             "reservation_not_active",

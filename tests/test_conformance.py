@@ -26,10 +26,13 @@ from config.hot_routes import host_is_allowed
 from drops.models import Drop, DropStatus
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from purchases.models import Purchase
 from purchases.services import purchase
 from purchases.tests.factories import PurchaseFactory
+from reservations.models import Reservation
 from reservations.services import Claim, expire_all_due, release, reserve
 from reservations.tests.factories import ReservationFactory
+from tests import identities
 from tests.concurrency import another_session
 from tests.hot import Lane, Request, Response, background_work, hot_lane, post, viewset_lane
 from tests.test_bad_input import BAD, Bad, everything, world  # noqa: F401
@@ -584,6 +587,65 @@ def any_origin(api):
 )
 def an_origin_of_the_list_and_others(api):
     from_origins(api, SHOP, "http://localhost:3000", "https://evil.example", "null", f"{SHOP}:444")
+
+
+TRUSTED_HEADERS = {
+    "DEBUG": False,
+    "IDENTITY_MODE": "header",
+    "CORS_ALLOW_ALL_ORIGINS": False,
+    "CORS_ALLOWED_ORIGINS": [SHOP],
+}
+
+
+def ask_as_a_page(api: Client, **headers: str) -> User:
+    """Send what changes something, as a page's form or script does; return for whom."""
+    drop, user = DropFactory(), UserFactory()
+    hold, spare = ReservationFactory(user=user), ReservationFactory(user=user)
+    # A form without fields has no body, and so needs none of JSON.
+    api.reserve(drop, user, Content_Type="application/x-www-form-urlencoded", **headers)
+    api.reserve(drop, user, {"quantity": 1}, **headers)
+    api.purchase(hold.drop, user, **headers)
+    api.post("drops", user, {"name": "Aurora", "price": 1, "total_stock": 1}, **headers)
+    api.send("DELETE", f"reservations/{spare.pk}", user=user, **headers)
+    api.get(f"drops/{drop.pk}", user, **headers)
+    return user
+
+
+@answers(*[*["permission_denied"] * 5, 200] * 6, **TRUSTED_HEADERS)
+def pages_of_other_sites(api):
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "https://evil.example", "Sec_Fetch_Site": "same-origin"},
+        {"Origin": "null"},
+        {"Origin": f"{SHOP}.evil.example"},
+        {"Origin": "http://testserver:81"},
+        {"Sec_Fetch_Site": "cross-site"},
+    ):
+        user = ask_as_a_page(api, **headers)
+        assert [hold.status for hold in Reservation.objects.filter(user=user)] == ["ACTIVE"] * 2
+        assert not Purchase.objects.filter(user=user).exists()
+        assert not Drop.objects.filter(created_by=user).exists()
+
+
+@answers("permission_denied", **TRUSTED_HEADERS | {"CORS_ALLOW_ALL_ORIGINS": True})
+def a_page_of_any_site(api):
+    api.reserve(DropFactory(), Origin=SHOP + ".evil.example")
+
+
+@answers(*[201, 200, 201, 201, 200, 200] * 5, **TRUSTED_HEADERS)
+def pages_of_ours_and_what_is_no_page(api):
+    ask_as_a_page(api, Origin=SHOP, Sec_Fetch_Site="cross-site")
+    ask_as_a_page(api, Origin="http://testserver", Sec_Fetch_Site="same-origin")
+    ask_as_a_page(api, Sec_Fetch_Site="same-origin")
+    ask_as_a_page(api, Sec_Fetch_Site="none")
+    ask_as_a_page(api)
+
+
+@answers(201, 201, DEBUG=False, **identities.mode_settings("jwt"))
+def pages_of_other_sites_with_a_proof(api):
+    for headers in ({"Origin": "https://evil.example"}, {"Sec_Fetch_Site": "cross-site"}):
+        drop, proof = DropFactory(), identities.bearer(UserFactory())
+        api.post(f"drops/{drop.pk}/reserve", None, **proof, **headers)
 
 
 @answers(*[200] * 8)

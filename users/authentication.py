@@ -3,11 +3,12 @@ from typing import TYPE_CHECKING
 from django.conf import settings
 from django.http import HttpRequest
 from rest_framework.authentication import BaseAuthentication
-from rest_framework.exceptions import NotAuthenticated
+from rest_framework.exceptions import NotAuthenticated, PermissionDenied
 from rest_framework.permissions import SAFE_METHODS, BasePermission
 from rest_framework.request import Request
 
 from config.addresses import client_address
+from config.origins import may_be_forged
 from config.problems import CHALLENGES
 from config.rate_limits import rate_limits
 from operations.requests import record_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Where in the ASGI scope a hot route notes what it has done before it passed a request on.
 ADMITTED = "drops.admitted"
+FORGED = "A page of another site can't do this in the name of who visits it."
 
 
 class IdentityAuthentication(BaseAuthentication):
@@ -38,6 +40,8 @@ class IdentityAuthentication(BaseAuthentication):
         if identity is None:
             return None
         record_of(getattr(request._request, "scope", {})).user_id = identity.user_id
+        if request.method not in SAFE_METHODS and may_be_forged(request.headers.get):
+            raise PermissionDenied(FORGED)
         check_rate(request._request, request.parser_context["view"], identity)
         return get_user(identity), identity
 

@@ -77,11 +77,17 @@ def identify(asking: Asking) -> Identity | None:
 
 def identify_socket(scope: dict[str, Any]) -> Identity | None:
     """Return who opens a WebSocket; see ``identify``. A signature opens one."""
+    header = joined_headers(scope).get
+    return identify(Asking("GET", raw_target(scope), header, bytes, opens_socket=True))
+
+
+def joined_headers(scope: dict[str, Any]) -> dict[str, str]:
+    """Return the headers by name in lower case; repeated ones are joined by commas."""
     headers: dict[str, str] = {}
     for name, value in scope["headers"]:
         key, text = name.decode("latin-1"), value.decode("latin-1")
         headers[key] = f"{headers[key]},{text}" if key in headers else text
-    return identify(Asking("GET", raw_target(scope), headers.get, bytes, opens_socket=True))
+    return headers
 
 
 def raw_target(scope: dict[str, Any]) -> bytes:

@@ -632,6 +632,21 @@ def test_only_known_origins_may_connect(settings, origin, allowed):
     in_loop(scenario)
 
 
+def test_where_all_may_connect_a_foreign_page_is_not_its_visitor(settings):
+    settings.DEBUG, settings.IDENTITY_MODE, settings.CORS_ALLOW_ALL_ORIGINS = False, "header", True
+    visitor = {"Host": "testserver", "X-User-Id": str(UserFactory().pk)}
+    own, foreign = {"Origin": "http://testserver"}, {"Origin": "https://evil.example.com"}
+
+    async def scenario() -> None:
+        socket = Socket(headers=visitor | foreign)
+        assert await socket.close_code() == consumers.INVALID_IDENTITY
+        socket = await following("/ws/drops", headers=visitor | own)
+        assert (await socket.next())["type"] == "HOLDS"
+        await following("/ws/drops", headers={"Host": "testserver"} | foreign)
+
+    in_loop(scenario)
+
+
 # --- Identity ---------------------------------------------------------------------------
 
 
