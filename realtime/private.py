@@ -32,6 +32,8 @@ LOOK_SECONDS = 1.0
 SHORTEST_PAUSE_SECONDS = 0.25
 REST_PER_LOOK = 20
 EXPIRING_SECONDS = 10.0
+# Event loops refuse timers of thousands of years, which a token may well name.
+LONGEST_TIMER_SECONDS = 365 * 86_400.0
 # A purchase is dated before its commit; older than this, it was seen or is history.
 PURCHASE_MARGIN = timedelta(seconds=20)
 
@@ -199,7 +201,7 @@ def end_with(identity: Identity, socket: PrivateSocket) -> asyncio.TimerHandle |
     """Have ``socket`` end when nothing vouches for its user any more, if that has a time."""
     if identity.expires_at is None:
         return None
-    left = max(0.0, identity.expires_at - time.time())
+    left = min(max(0.0, identity.expires_at - time.time()), LONGEST_TIMER_SECONDS)
     return asyncio.get_running_loop().call_later(left, socket.end_identity)
 
 
