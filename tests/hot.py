@@ -101,7 +101,9 @@ class Lane:
                 response.headers = [(bytes(n).lower(), bytes(v)) for n, v in message["headers"]]
             else:
                 response.body += message.get("body", b"")
-                if not message.get("more_body"):
+                # A stream has no end: who reads it leaves with its first piece.
+                is_stream = response.header("content-type") == "text/event-stream"
+                if is_stream or not message.get("more_body"):
                     is_answered.set()
 
         await self.application(scope, receive, send)

@@ -1,9 +1,12 @@
 """Who may do what: everybody × every route and socket, in every identity mode, cell by cell."""
 
 import asyncio
+import re
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,13 +14,21 @@ from channels.db import database_sync_to_async
 from channels.routing import URLRouter
 from channels.testing import WebsocketCommunicator
 from django.conf import settings
+from django.contrib.auth.models import Group, Permission
+from django.contrib.sessions.models import Session
 from django.db import connection
-from django.urls import get_resolver
+from django.test import Client
+from django.urls import URLResolver, get_resolver, resolve
+from django.utils import timezone
 
+from config.asgi import application
+from control.consumers import NOT_ALLOWED
+from control.roles import ROLES
 from drops.models import Drop
 from drops.tests.factories import DropFactory
 from purchases.tests.factories import PurchaseFactory
-from realtime.routing import websocket_urlpatterns
+from realtime.asgi import EventStreams
+from realtime.consumers import NOT_FOUND
 from reservations.tests.factories import ReservationFactory
 from tests import identities
 from tests.hot import Lane, Request, hot_lane, viewset_lane
@@ -44,6 +55,11 @@ class Route:
     body: bytes = b""
     # Read without an identity, but not with a wrong one.
     is_api: bool = True
+    accept: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.method, self.address, self.accept)))
 
 
 NEW_DROP = b'{"name": "Aurora", "price": "1.00", "total_stock": 1}'
@@ -68,6 +84,7 @@ ROUTES = [
     Route("GET", "/api/purchases/{purchase}", OWN),
     Route("GET", "/api/me", IDENTIFIED),
     Route("GET", "/api/drops/{drop}/events", PUBLIC),
+    Route("GET", "/api/drops/{drop}/events", PUBLIC, accept="text/event-stream"),
     Route("POST", "/api/ws-ticket", (401, 201, 201, 201, 201)),
     # In DEBUG only; see config/tests/test_hardening.py.
     Route("POST", "/api/internal/expire-now", PUBLIC),
@@ -76,9 +93,10 @@ ROUTES = [
     Route("GET", "/api/redoc", PUBLIC),
     Route("GET", "/api/asyncapi", PUBLIC, is_api=False),
     Route("GET", "/api/asyncapi.json", PUBLIC, is_api=False),
+    Route("GET", "/api", (404,) * 5, is_api=False),
+    Route("GET", "/api/nothing", (404,) * 5, is_api=False),
     # What knows no API identity: staff sign in here with a password.
-    Route("GET", "/admin/", (302,) * 5, is_api=False),
-    Route("GET", "/admin/audit/", (302,) * 5, is_api=False),
+    Route("GET", "/admin", (302,) * 5, is_api=False),
     Route("GET", "/healthz", PUBLIC, is_api=False),
     Route("GET", "/readyz?for=traffic", PUBLIC, is_api=False),
     # In DEBUG, without a token; see operations/tests/test_metrics.py.
@@ -88,8 +106,17 @@ ROUTES = [
     Route("GET", "/drops/{drop}/", (301,) * 5, is_api=False),
     Route("GET", "/drops/{drop}/holds", PUBLIC, is_api=False),
 ]
-SOCKETS = ["/ws/drops", "/ws/drops/{drop}"]
-SOCKET_IS_OPEN, SOCKET_IS_REFUSED = "open", 4401
+SOCKET_IS_OPEN, SOCKET_IS_REFUSED, HANDSHAKE_IS_REFUSED = "open", 4401, "refused"
+# What who is honest gets, and who lies.
+SOCKETS = {
+    "/ws/drops": (SOCKET_IS_OPEN, SOCKET_IS_REFUSED),
+    "/ws/drops/{drop}": (SOCKET_IS_OPEN, SOCKET_IS_REFUSED),
+    # Knows no API identity, not even that of staff: who signs in with a password has a session.
+    "/ws/control": (NOT_ALLOWED, NOT_ALLOWED),
+    "/ws/nothing": (NOT_FOUND, NOT_FOUND),
+}
+OPEN_SOCKETS = [name for name, (to_honest, _) in SOCKETS.items() if to_honest == SOCKET_IS_OPEN]
+SITE = {"Origin": "http://localhost"}
 
 
 class World:
@@ -188,14 +215,19 @@ def table(lane: Callable[[], Any], askers: dict[str, Asker]) -> dict[tuple[str, 
                 target = world.address(route.address)
                 headers = asker(world, route.method, target, route.body)
                 answer = runner.run(send(application, route, target, headers))
-                cells[name, f"{route.method} {route.address}"] = answer
+                cells[name, route.name] = answer
     return cells
 
 
 async def send(lane: Lane, route: Route, target: str, headers: dict[str, str]) -> int:
     chunks = (route.body,) if route.body else ()
-    typed = headers | ({"Content-Type": "application/json"} if route.body else {})
-    return (await lane.send(Request(route.method, target, chunks, tuple(typed.items())))).status
+    given = headers | ({"Content-Type": "application/json"} if route.body else {})
+    if route.accept:
+        given["Accept"] = route.accept
+    # In front of both lanes, as in config/asgi.py.
+    served = Lane(EventStreams(lane.application))
+    request = Request(route.method, target, chunks, tuple(given.items()))
+    return (await served.send(request)).status
 
 
 LANES = pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
@@ -205,7 +237,7 @@ LANES = pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
 @pytest.mark.parametrize("mode", LIARS)
 def test_everybody_gets_their_rights_and_no_more(lane, mode):
     expected = {
-        (who, f"{route.method} {route.address}"): status
+        (who, route.name): status
         for route in ROUTES
         for who, status in zip(WHO, route.allowed, strict=True)
     }
@@ -218,9 +250,7 @@ def test_everybody_gets_their_rights_and_no_more(lane, mode):
 @pytest.mark.parametrize("mode", LIARS)
 def test_who_lies_gets_nothing_anywhere(lane, mode):
     expected = {
-        (lie, f"{r.method} {r.address}"): 401 if r.is_api else r.allowed[0]
-        for lie in LIARS[mode]
-        for r in ROUTES
+        (lie, r.name): 401 if r.is_api else r.allowed[0] for lie in LIARS[mode] for r in ROUTES
     }
 
     with identity_mode(mode):
@@ -229,7 +259,7 @@ def test_who_lies_gets_nothing_anywhere(lane, mode):
 
 
 def test_headers_of_another_mode_say_nothing_in_jwt_mode():
-    expected = {(lie, f"{r.method} {r.address}"): r.allowed[0] for lie in NOBODIES for r in ROUTES}
+    expected = {(lie, r.name): r.allowed[0] for lie in NOBODIES for r in ROUTES}
 
     with identity_mode("jwt"):
         assert table(hot_lane, NOBODIES) == expected
@@ -251,10 +281,17 @@ def test_a_replay_gets_nothing_that_changes_anything(lane):
     assert Drop.objects.filter(name="Aurora").count() == 1
 
 
+def websockets() -> URLRouter:
+    """Return what the server hands all handshakes to."""
+    return application.application.application_mapping["websocket"].application
+
+
 async def open_socket(address: str, headers: dict[str, str]) -> Any:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    socket = WebsocketCommunicator(URLRouter(websocket_urlpatterns), address, raw)
-    await socket.connect(timeout=10)
+    socket = WebsocketCommunicator(websockets(), address, raw)
+    is_accepted, _ = await socket.connect(timeout=10)
+    if not is_accepted:
+        return HANDSHAKE_IS_REFUSED
     message = await socket.receive_output(timeout=10)
     await socket.disconnect(timeout=10)
     return message["code"] if message["type"] == "websocket.close" else SOCKET_IS_OPEN
@@ -271,39 +308,107 @@ def test_sockets_open_for_everybody_but_liars(mode, servers):
         for socket in SOCKETS
     }
 
-    async def fill() -> dict[tuple[str, str], Any]:
-        cells = {
-            (name, socket): await open_socket(world.address(socket), headers)
-            for (name, socket), headers in asked.items()
-        }
+    with identity_mode(mode):
+        cells = open_all(
+            {cell: (world.address(cell[1]), headers | SITE) for cell, headers in asked.items()}
+        )
+    assert cells == {(name, socket): SOCKETS[socket][name in liars] for name, socket in asked}
+
+
+def open_all(asked: dict[Any, tuple[str, dict[str, str]]]) -> dict[Any, Any]:
+    """Return what each handshake, an address and its headers, gets."""
+
+    async def fill() -> dict[Any, Any]:
+        cells = {cell: await open_socket(*handshake) for cell, handshake in asked.items()}
         # The thread's own, which would outlive the test.
         await database_sync_to_async(lambda: connection.close())()
         return cells
 
-    with identity_mode(mode):
-        cells = asyncio.run(fill())
-    assert cells == {
-        cell: SOCKET_IS_REFUSED if cell[0] in liars else SOCKET_IS_OPEN for cell in asked
-    }
+    return asyncio.run(fill())
 
 
 def test_a_replayed_handshake_opens_no_socket(servers):
     """It would get the news that are for the user alone, long after the handshake."""
-    world = World()
-
-    async def fill() -> dict[str, list[Any]]:
-        cells = {}
-        for socket in SOCKETS:
-            target = world.address(socket)
-            captured, fresh = (signed("GET", target, world.user) for _ in range(2))
-            cells[socket] = [await open_socket(target, h) for h in (captured, captured, fresh)]
-        await database_sync_to_async(lambda: connection.close())()
-        return cells
+    world, handshakes = World(), {}
+    for socket in OPEN_SOCKETS:
+        target = world.address(socket)
+        captured, fresh = (signed("GET", target, world.user) for _ in range(2))
+        for number, headers in enumerate([captured, captured, fresh]):
+            handshakes[socket, number] = target, headers
 
     with identity_mode("gateway"):
-        cells = asyncio.run(fill())
+        cells = open_all(handshakes)
     opens_once = [SOCKET_IS_OPEN, SOCKET_IS_REFUSED, SOCKET_IS_OPEN]
-    assert cells == dict.fromkeys(SOCKETS, opens_once)
+    assert cells == {(s, n): opens_once[n] for s in OPEN_SOCKETS for n in range(3)}
+
+
+def session_of(user: User) -> Client:
+    client = Client()
+    client.force_login(user)
+    return client
+
+
+def expired(client: Client) -> Client:
+    Session.objects.update(expire_date=timezone.now() - timedelta(seconds=1))
+    return client
+
+
+def signed_out(client: Client) -> Client:
+    """Keep the cookie of a session that has ended."""
+    cookie = client.cookies[settings.SESSION_COOKIE_NAME].value
+    client.logout()
+    client.cookies[settings.SESSION_COOKIE_NAME] = cookie
+    return client
+
+
+def test_the_staff_socket_opens_for_sessions_of_staff_who_may_view_drops(servers):
+    in_role = {role: UserFactory(is_staff=True) for role in ROLES}
+    for role, user in in_role.items():
+        user.groups.add(Group.objects.get(name=role))
+    boss, changed, switched_off, dismissed = (
+        UserFactory(is_staff=True, is_superuser=True) for _ in range(4)
+    )
+    may_look = UserFactory()
+    may_look.user_permissions.add(Permission.objects.get(codename="view_drop"))
+    forged = Client()
+    forged.cookies[settings.SESSION_COOKIE_NAME] = "x" * 32
+    clients = {
+        "nobody": Client(),
+        "a shopper": session_of(UserFactory()),
+        "a shopper with the permission": session_of(may_look),
+        "staff without a role": session_of(UserFactory(is_staff=True)),
+        **{role: session_of(user) for role, user in in_role.items()},
+        "superuser": session_of(boss),
+        "forged": forged,
+        "signed out": signed_out(session_of(boss)),
+        "switched off": session_of(switched_off),
+        "no longer staff": session_of(dismissed),
+        "with a new password": session_of(changed),
+    }
+    User.objects.filter(pk=switched_off.pk).update(is_active=False)
+    User.objects.filter(pk=dismissed.pk).update(is_staff=False)
+    changed.set_password("a new one")
+    changed.save(update_fields=["password"])
+
+    def handshake(client: Client, **headers: str) -> tuple[str, dict[str, str]]:
+        cookies = client.cookies.output(attrs=[], header="", sep=";").strip()
+        return "/ws/control", {"Cookie": cookies} | headers
+
+    asked = {name: handshake(client, **SITE) for name, client in clients.items()}
+    asked |= {
+        "superuser from another site": handshake(
+            clients["superuser"], Origin="https://evil.example"
+        ),
+        "superuser from a page without an origin": handshake(clients["superuser"], Origin="null"),
+        "superuser from nowhere": handshake(clients["superuser"]),
+    }
+    cells = open_all(asked)
+    # Last, for it ends all sessions.
+    cells |= open_all({"expired": handshake(expired(clients["superuser"]), **SITE)})
+
+    may = dict.fromkeys([*ROLES, "superuser"], SOCKET_IS_OPEN)
+    other_pages = dict.fromkeys(asked.keys() - clients.keys(), HANDSHAKE_IS_REFUSED)
+    assert cells == dict.fromkeys(cells, NOT_ALLOWED) | may | other_pages
 
 
 @LANES
@@ -336,29 +441,69 @@ def test_the_feed_is_no_password(client_of):
         assert answer.status_code == 401
 
 
+def calls(patterns: Any, before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the method and address of each call; of what is no API, only that it is read."""
+    for pattern in patterns:
+        address = before + str(pattern.pattern).removeprefix("^")
+        if isinstance(pattern, URLResolver):
+            yield from calls(pattern.url_patterns, address)
+        else:
+            view = pattern.callback
+            api = getattr(view, "cls", None)
+            methods = ("get", "post", "put", "patch", "delete")
+            answered = getattr(view, "actions", None) or [m for m in methods if hasattr(api, m)]
+            yield from ((method.upper(), address) for method in answered or ["get"])
+
+
 def test_the_table_names_every_route():
-    """A new route must say here who may use it."""
+    """A new route must say there who may use it."""
+    example: dict[str, str] = defaultdict(lambda: STRANGER)
+    addresses = [
+        (route.method, route.address.partition("?")[0].format_map(example)) for route in ROUTES
+    ]
 
-    def addresses(patterns: Any, before: str = "") -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            text = before + str(pattern.pattern)
-            inner = getattr(pattern, "url_patterns", None)
-            found |= addresses(inner, text) if inner and "admin" not in text else {text}
-        return found
-
-    known = {
-        *("api/^drops/?$", "api/^drops/(?P<pk>[^/.]+)/?$"),
-        *("api/^drops/(?P<drop_id>[^/]+)/reserve/?$", "api/^drops/(?P<drop_id>[^/]+)/purchase/?$"),
-        *("api/^reservations/?$", "api/^reservations/(?P<pk>[^/.]+)/?$"),
-        *("api/^purchases/?$", "api/^purchases/(?P<pk>[^/.]+)/?$"),
-        *("api/^me/?$", "api/^internal/expire-now/?$"),
-        *("api/^drops/(?P<drop_id>[^/]+)/events/?$", "api/^ws-ticket/?$"),
-        *("api/^asyncapi/?$", "api/^asyncapi\\.json/?$"),
-        *("api/^schema/?$", "api/^docs/?$", "api/^redoc/?$", "api/", "api"),
-        *("admin", "admin/", "admin/audit/", ""),
-        *("healthz", "readyz", "metrics"),
-        *("drops/<str:drop_id>", "drops/<str:drop_id>/", "drops/<str:drop_id>/holds"),
-    }
     assert settings.DEBUG is True
-    assert addresses(get_resolver().url_patterns) == known
+    # Those of the admin have a test of their own below.
+    served = {call for call in calls(get_resolver().url_patterns) if "admin/" not in call[1]}
+    assert {(method, resolve(address).route) for method, address in addresses} == served
+    # What is served in front of Django.
+    with hot_lane() as lane:
+        for hot in lane.application.routes:
+            assert any(
+                hot.method == method and hot.pattern.fullmatch(address)
+                for method, address in addresses
+            ), hot.name
+
+
+def test_the_table_names_every_socket():
+    patterns = [route.pattern for route in websockets().routes]
+    addresses = [socket.format(drop=STRANGER).lstrip("/") for socket in SOCKETS]
+
+    def first(address: str) -> int:
+        return next(n for n, pattern in enumerate(patterns) if pattern.match(address))
+
+    assert {first(address) for address in addresses} == set(range(len(patterns)))
+
+
+def test_no_page_of_the_admin_opens_without_signing_in():
+    """Who may do what after that: control/tests/test_roles.py."""
+    pages = [page for _, page in calls(get_resolver().url_patterns) if page.startswith("admin/")]
+    # An app's list, and addresses of nothing, stand for those that are no plain patterns.
+    plain = [page for page in pages if "(?P" not in page] + ["admin/drops/", "admin/nothing"]
+    staff = UserFactory(is_staff=True, is_superuser=True)
+    askers = [
+        Client(),
+        Client(headers={"X-User-Id": str(staff.pk)}),
+        session_of(UserFactory()),
+    ]
+
+    shown = set()
+    for client in askers:
+        for page in plain:
+            address = "/" + re.sub("<[^>]+>", STRANGER, page)
+            for answer in (client.get(address), client.post(address)):
+                if not answer.headers.get("Location", "").startswith("/admin/login/?next="):
+                    shown.add(page)
+
+    assert len(plain) > 60
+    assert shown == {"admin/login/", "admin/logout/"}
