@@ -401,6 +401,7 @@ def test_the_staff_socket_opens_for_sessions_of_staff_who_may_view_drops(servers
         ),
         "superuser from a page without an origin": handshake(clients["superuser"], Origin="null"),
         "superuser from nowhere": handshake(clients["superuser"]),
+        "superuser from a broken address": handshake(clients["superuser"], Origin="http://["),
     }
     cells = open_all(asked)
     # Last, for it ends all sessions.
