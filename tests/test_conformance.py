@@ -255,6 +255,44 @@ def one_size_is_held_and_another_is_there(api):
     api.reserve(drop, hold.user, {"variant": str(small.pk)})
 
 
+@answers(*["cooldown"] * 3, 201, *["fully_reserved"] * 4)
+def a_cooldown(api):
+    limits = {"max_expired_holds": 2, "hold_cooldown_seconds": 300}
+    drop, user = DropFactory(total_stock=1, **limits), UserFactory()
+    ReservationFactory(drop=drop, user=user, expired=True)
+    # Its time is up, but no loop has come by.
+    ReservationFactory(drop=drop, user=user, overdue=True)
+    for _ in range(2):
+        # A minute of the five is over.
+        assert api.reserve(drop, user).header("retry-after") in ("239", "240")
+    api.reserve(drop, user, {"quantity": 1}, Idempotency_Key="order-1")
+    # Where nothing is left, that is what everybody hears, also from memory.
+    for asker in (None, None, user, None, user):
+        api.reserve(drop, asker)
+
+
+@answers(201, *["limit_exceeded"] * 3, 200, 200, 201, 201, MAX_ACTIVE_HOLDS=1)
+def more_than_the_limit_over_all_drops(api):
+    drop, other, user = DropFactory(), DropFactory(), UserFactory()
+    held = api.reserve(drop, user).json()
+    for _ in range(2):
+        refused = api.reserve(other, user).json()
+        assert (refused["limit"], refused["used"]) == (1, 1)
+    api.reserve(other, user, {"quantity": 1}, Idempotency_Key="order-1")
+    api.reserve(drop, user)
+    api.send("DELETE", f"reservations/{held['id']}", user=user)
+    api.reserve(other, user, {"quantity": 1}, Idempotency_Key="order-1")
+    api.reserve(drop)
+
+
+@answers(201, *["fully_reserved"] * 4, MAX_ACTIVE_HOLDS=1)
+def the_limit_over_all_drops_where_nothing_is_left(api):
+    hold, user = ReservationFactory(drop=DropFactory(total_stock=1)), UserFactory()
+    api.reserve(DropFactory(), user)
+    for asker in (user, None, user, None):
+        api.reserve(hold.drop, asker)
+
+
 @answers(*["drop_not_started"] * 3, "drop_not_started", "validation_error")
 def not_started(api):
     drop = DropFactory(upcoming=True)
