@@ -19,6 +19,7 @@ from drops.models import Drop, DropQuerySet, DropStatus
 from drops.services import create_drop, lock_drop
 from purchases.models import Purchase, PurchaseStatus
 from reservations.models import Reservation, ReservationStatus
+from users.identity import Identity, public_hex
 from users.models import User
 
 SETTLED_POLL_SECONDS = 0.25
@@ -47,7 +48,7 @@ def create_rehearsal(stock: int, hold_seconds: int, users: int) -> tuple[Drop, l
     ids = [new_rehearsal_id() for _ in range(users)]
     owner = new_rehearsal_id()
     User.objects.bulk_create(
-        [User(pk=pk, username=f"rehearsal_{pk.hex[-19:]}", password="") for pk in (owner, *ids)],
+        [User(pk=pk, username=name_of(pk), password="") for pk in (owner, *ids)],
         batch_size=1000,
     )
     drop = create_drop(
@@ -60,6 +61,11 @@ def create_rehearsal(stock: int, hold_seconds: int, users: int) -> tuple[Drop, l
         status=DropStatus.LIVE,
     )
     return drop, ids
+
+
+def name_of(user_id: uuid.UUID) -> str:
+    """Return a name that gives no hidden id away; who knows the drop's id reads it in the feed."""
+    return f"rehearsal_{public_hex(Identity(user_id, None))[-19:]}"
 
 
 @transaction.atomic

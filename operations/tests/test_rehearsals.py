@@ -40,6 +40,18 @@ def rehearsal(db):
     return drop
 
 
+def test_names_of_the_shoppers_give_no_opaque_id_away(db, settings):
+    settings.PUBLIC_USER_IDS = "opaque"
+
+    _, users = create_rehearsal(stock=1, hold_seconds=7, users=20)
+
+    names = dict(User.objects.filter(pk__in=users).values_list("pk", "username"))
+    assert len(set(names.values())) == 20
+    for pk, name in names.items():
+        assert name.startswith("rehearsal_")
+        assert pk.hex[-8:] not in name
+
+
 # --- Unseen -----------------------------------------------------------------------------
 
 
