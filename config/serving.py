@@ -34,6 +34,8 @@ def check_server_options(server: str, workers: int) -> None:
     Raises:
         CommandError: says what to do instead.
     """
+    if workers < 1:
+        raise CommandError("--workers must be 1 or more.")
     if workers > 1 and server == "daphne":
         raise CommandError("daphne runs one process; for several use --server uvicorn.")
 

@@ -162,6 +162,16 @@ class Served(WebServer):
         self.ws_url = f"ws://127.0.0.1:{self.port}"
 
 
+class Up(WebServer):
+    """The web server of ``manage.py up`` with its ``options``, and what else that starts."""
+
+    def __init__(self, server: str, *options: str) -> None:
+        self.port = free_port()
+        self.url, self.ws_url = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
+        command = ("manage.py", "up", "--port", str(self.port), "--server", server, *options)
+        Process.__init__(self, *command)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,22 +18,13 @@ from drops.models import Drop
 from drops.tests.factories import DropFactory
 from reservations.models import Reservation
 from tests.concurrency import another_session
-from tests.servers import Process, Served, WebServer, free_port, running_web_servers
+from tests.servers import Served, Up, WebServer, running_web_servers
 from tests.test_hot_faults import commits_that_can_be_held
 
 pytestmark = [pytest.mark.slow, pytest.mark.servers, pytest.mark.django_db(transaction=True)]
 
 CUSTOMERS = 6
 WAYS = ["daphne", "uvicorn", "uvicorn --workers 2", "up daphne", "up uvicorn"]
-
-
-class Up(WebServer):
-    """The web server of ``manage.py up``."""
-
-    def __init__(self, server: str) -> None:
-        self.port = free_port()
-        self.url, self.ws_url = f"http://127.0.0.1:{self.port}", f"ws://127.0.0.1:{self.port}"
-        Process.__init__(self, "manage.py", "up", "--port", str(self.port), "--server", server)
 
 
 @contextmanager
