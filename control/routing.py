@@ -25,4 +25,4 @@ def is_url(text: bytes) -> bool:
     return True
 
 
-control_urlpatterns = [re_path(r"^ws/control/?$", staff_only)]
+control_urlpatterns = [re_path(r"^ws/control/?$", staff_only)]  # type: ignore[arg-type]

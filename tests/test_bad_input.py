@@ -579,6 +579,23 @@ def test_people_write_names_as_they_do(send, name):
     assert Drop.objects.get(pk=response.json()["id"]).name == name
 
 
+@pytest.mark.parametrize("page", ["/admin/", "/admin/login/", "/", "/api/me"])
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        'sessionid="aaaaaaaa\\000"; csrftoken="\\000"; messages="\\000"',
+        "sessionid=aaaaaaaa\x00",
+        "sessionid=" + "\xff" * 32,
+        "sessionid=" + "a" * 5_000,
+        "=;=;;",
+    ],
+)
+def test_a_cookie_may_hold_anything(db, client, page, cookie):
+    answer = client.get(page, headers={"Cookie": cookie})
+
+    assert answer.status_code == {"/admin/": 302, "/api/me": 401}.get(page, 200)
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"quantity": 1}'])
 @pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8"])
 def test_a_claim_may_leave_its_body_out(send, body, content_type):

@@ -372,6 +372,8 @@ def test_the_staff_socket_opens_for_sessions_of_staff_who_may_view_drops(servers
     may_look.user_permissions.add(Permission.objects.get(codename="view_drop"))
     forged = Client()
     forged.cookies[settings.SESSION_COOKIE_NAME] = "x" * 32
+    forged_with_a_nul = Client()
+    forged_with_a_nul.cookies[settings.SESSION_COOKIE_NAME] = "aaaaaaaa\0"
     clients = {
         "nobody": Client(),
         "a shopper": session_of(UserFactory()),
@@ -380,6 +382,7 @@ def test_the_staff_socket_opens_for_sessions_of_staff_who_may_view_drops(servers
         **{role: session_of(user) for role, user in in_role.items()},
         "superuser": session_of(boss),
         "forged": forged,
+        "a NUL": forged_with_a_nul,
         "signed out": signed_out(session_of(boss)),
         "switched off": session_of(switched_off),
         "no longer staff": session_of(dismissed),
