@@ -8,6 +8,8 @@ from typing import Any
 from django import forms
 from django.contrib import admin
 from django.contrib.admin.models import LogEntry
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.views.main import ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
 from django.db import OperationalError
@@ -34,6 +36,12 @@ class RowAdmin(ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
+
+    def get_changelist_instance(self, request: HttpRequest) -> ChangeList:
+        # PostgreSQL takes no NUL in a text, and Django sends it one.
+        if "%00" in request.GET.urlencode():
+            raise IncorrectLookupParameters
+        return super().get_changelist_instance(request)
 
 
 class ReadOnlyAdmin(RowAdmin):

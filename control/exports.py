@@ -7,8 +7,9 @@ from typing import Any, ClassVar, cast
 
 from asgiref.sync import sync_to_async
 from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.contenttypes.models import ContentType
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import BadRequest, PermissionDenied
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import path, reverse
@@ -65,7 +66,10 @@ class ExportAdmin(RowAdmin):
     def export_view(self, request: HttpRequest) -> StreamingHttpResponse:
         if not self.has_export_permission(request):
             raise PermissionDenied
-        rows = self.get_changelist_instance(request).get_queryset(request)
+        try:
+            rows = self.get_changelist_instance(request).get_queryset(request)
+        except IncorrectLookupParameters:
+            raise BadRequest("The list has no such filter.") from None
         LogEntry.objects.create(
             user=cast(User, request.user),
             content_type=ContentType.objects.get_for_model(self.model),

@@ -84,3 +84,16 @@ def test_a_long_list_is_read_in_parts_and_complete(admin_client, monkeypatch):
 
     assert [line[0] for line in lines] == sorted((str(hold.pk) for hold in made), reverse=True)
     assert len([sql for sql in few if "LIMIT 10" in sql]) == 4
+
+
+@pytest.mark.parametrize("query", ["status__exact=%00", "q=%00", "id__exact=x", "for=x"])
+@pytest.mark.parametrize("model", [Drop, Purchase, Reservation])
+def test_a_filter_that_is_none_is_no_error_of_the_server(admin_client, model, query):
+    name = f"admin:{model._meta.app_label}_{model._meta.model_name}"
+
+    shown = admin_client.get(f"{reverse(f'{name}_changelist')}?{query}")
+    exported = admin_client.get(f"{reverse(f'{name}_export')}?{query}")
+
+    assert (shown.status_code, shown.headers.get("Location", "")[-4:]) == (302, "?e=1")
+    assert exported.status_code == 400
+    assert not LogEntry.objects.exists()
