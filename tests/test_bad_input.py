@@ -1,5 +1,6 @@
 """No request, however broken, gets a 500, and a refused one stores nothing."""
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from users.tests.factories import UserFactory
 SOMEBODY = "1b4e28ba-2fa1-4d2e-883f-b9a761bde3fb"
 NEW_DROP = {"name": "Aurora", "price": "199.00", "total_stock": 5}
 OVERRIDE = "\u202eAurora"
+CLAIM = ("POST", "drops/{live}/reserve")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,15 @@ def claim(name: str, value: Any) -> Bad:
     return invalid("POST", "drops/{live}/reserve", {name: value}, name)
 
 
-def malformed(body: bytes) -> Bad:
-    return Bad("POST", "drops", 400, "malformed_body", body)
+def claim_of(body: bytes, wrong: str) -> Bad:
+    return invalid(*CLAIM, body, wrong)
+
+
+def malformed(
+    body: bytes, method: str = "POST", path: str = "drops", encoding: str | None = None
+) -> Bad:
+    headers = {"HTTP_CONTENT_ENCODING": encoding} if encoding else {}
+    return Bad(method, path, 400, "malformed_body", body, headers=headers)
 
 
 def identity(value: str) -> Bad:
@@ -83,8 +92,13 @@ def wrong_method(method: str, path: str) -> Bad:
     return Bad(method, path, 405, "method_not_allowed", {})
 
 
-def wrong_type(content_type: str, body: bytes = b'{"name": "Aurora"}') -> Bad:
-    return Bad("POST", "drops", 415, "unsupported_media_type", body, content_type=content_type)
+def wrong_type(
+    content_type: str,
+    body: bytes = b'{"name": "Aurora"}',
+    method: str = "POST",
+    path: str = "drops",
+) -> Bad:
+    return Bad(method, path, 415, "unsupported_media_type", body, content_type=content_type)
 
 
 def query(path: str, wrong: str) -> Bad:
@@ -360,6 +374,22 @@ BAD = {
     "a price of one's own": claim("unit_price", "0.01"),
     "another user's claim": claim("user_id", SOMEBODY),
     "a quantity to purchase": invalid("POST", "drops/{held}/purchase", {"quantity": 2}, "quantity"),
+    "units twice, then wrong": claim_of(b'{"quantity": 1, "quantity": 0}', "quantity"),
+    "1e400 units": claim_of(b'{"quantity": 1e400}', "quantity"),
+    "minus zero units": claim_of(b'{"quantity": -0}', "quantity"),
+    "an object as a quantity": claim("quantity", {"units": 1}),
+    "units in capitals": claim("Quantity", 1),
+    "a variant with a NUL": claim("variant", f"{SOMEBODY}\x00"),
+    "a surrogate as a variant": claim("variant", "\ud800"),
+    "an object as a variant": claim("variant", {"id": SOMEBODY}),
+    "a variant of 10 kB": claim("variant", "a" * 10_240),
+    "half a claim": malformed(b'{"quantity": 1', *CLAIM),
+    "NaN units": malformed(b'{"quantity": NaN}', *CLAIM),
+    "a byte order mark before a claim": malformed(b"\xef\xbb\xbf{}", *CLAIM),
+    "a claim in UTF-16": malformed('{"quantity": 1}'.encode("utf-16"), *CLAIM),
+    "a compressed claim": malformed(gzip.compress(b"{}", mtime=0), *CLAIM, "gzip"),
+    "half a purchase": malformed(b"{", "POST", "drops/{held}/purchase"),
+    "half a change": malformed(b"{", "PATCH", "drops/{live}"),
     # Identity
     "an empty identity": identity(""),
     "a word as an identity": identity("alice"),
@@ -399,6 +429,22 @@ BAD = {
     "a way up": missing("GET", "drops/%2e%2e/%2e%2e/etc/passwd"),
     "two slashes": missing("GET", "drops//"),
     "an address that nobody knows": missing("POST", "drops/{live}/steal"),
+    "a line break in an id": missing("POST", "drops/{live}%0a/reserve"),
+    "a line break at the end": missing("POST", "drops/{live}/reserve%0a"),
+    "a line break after all drops": missing("GET", "drops%0a"),
+    "two slashes before an id": missing("GET", "drops//{live}"),
+    "two slashes before a claim": missing("POST", "drops/{live}//reserve"),
+    "two slashes after a claim": missing("POST", "drops/{live}/reserve//"),
+    "two slashes before it all": missing("GET", "/drops"),
+    "an id encoded twice": missing("GET", "drops/%257B{live}%257D"),
+    "an id with a parameter": missing("GET", "drops/{live};version=1"),
+    "an id with an ending": missing("GET", "drops/{live}.json"),
+    "an id after a blank": missing("POST", "drops/%20{live}/purchase"),
+    "a claim in capitals": missing("POST", "drops/{live}/RESERVE"),
+    "a NUL as a reservation": missing("DELETE", "reservations/%00"),
+    "a purchase that is no UTF-8": missing("GET", "purchases/%ff"),
+    "an unknown drop's events": missing("GET", f"drops/{SOMEBODY}/events"),
+    "a word as a drop with events": missing("GET", "drops/nothing/events"),
     # Methods
     "PUT a drop": wrong_method("PUT", "drops/{live}"),
     "DELETE a drop": wrong_method("DELETE", "drops/{live}"),
@@ -414,6 +460,14 @@ BAD = {
     "GET an expiry": wrong_method("GET", "internal/expire-now"),
     "TRACE": wrong_method("TRACE", "drops"),
     "an unknown method": wrong_method("STEAL", "drops/{live}"),
+    "CONNECT": wrong_method("CONNECT", "drops"),
+    "PATCH all drops": wrong_method("PATCH", "drops"),
+    "POST an event": wrong_method("POST", "drops/{live}/events"),
+    "GET a ticket": wrong_method("GET", "ws-ticket"),
+    "a method in a header": Bad(
+        *("POST", "me", 405, "method_not_allowed"),
+        headers={"HTTP_X_HTTP_METHOD_OVERRIDE": "GET"},
+    ),
     # Content types, and what is asked for
     "plain text": wrong_type("text/plain"),
     "a form": wrong_type("application/x-www-form-urlencoded", b"name=Aurora"),
@@ -424,6 +478,13 @@ BAD = {
     "no content type": wrong_type(""),
     "garbage as a content type": wrong_type(";;;=\x00"),
     "a content type of 10 kB": wrong_type("x" * 10_240),
+    "a claim in plain text": wrong_type("text/plain", b"{}", *CLAIM),
+    "a claim in a form": wrong_type("application/x-www-form-urlencoded", b"quantity=1", *CLAIM),
+    "a purchase in XML": wrong_type("application/xml", b"<a/>", "POST", "drops/{held}/purchase"),
+    "a change as a merge patch": wrong_type(
+        "application/merge-patch+json", b'{"name": "Ember"}', "PATCH", "drops/{live}"
+    ),
+    "a stream of all drops": accept("text/event-stream"),
     "an answer in HTML": accept("text/html"),
     "an answer in XML": accept("application/xml;q=0.9, text/xml"),
     "an answer in garbage": accept(";;;,=/=,\x00"),
@@ -453,6 +514,15 @@ BAD = {
     "a status that is no UTF-8": query("drops?status=%ed%a0%80", "status"),
     "a status twice, then wrong": query("drops?status=live&status=open", "status"),
     "a reservation's status in lower case": query("reservations?status=active", "status"),
+    "a purchase's offset of -1": query("purchases?offset=-1", "offset"),
+    "a NUL as a drop to list": query("reservations?drop=%00", "drop"),
+    "events after -1": query("drops/{live}/events?after=-1", "after"),
+    "events after nothing": query("drops/{live}/events?after=", "after"),
+    "events after a word": query("drops/{live}/events?after=x", "after"),
+    "events after 2^63": query("drops/{live}/events?after=9223372036854775808", "after"),
+    "no events": query("drops/{live}/events?limit=0", "limit"),
+    "1,001 events": query("drops/{live}/events?limit=1001", "limit"),
+    "a format that there is not": missing("GET", "drops?format=xml"),
     "a word as a drop to list": query("reservations?drop=aurora", "drop"),
     "an empty drop to list": query("reservations?drop=", "drop"),
 }
