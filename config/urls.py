@@ -11,7 +11,8 @@ from drf_spectacular.views import (
     SpectacularRedocView,
     SpectacularSwaggerSplitView,
 )
-from rest_framework.exceptions import APIException, NotFound, ParseError
+from rest_framework.exceptions import APIException, MethodNotAllowed, NotFound, ParseError
+from rest_framework.permissions import SAFE_METHODS
 
 from config.problems import InternalError, problem_response
 from operations.exposition import metrics_view
@@ -24,6 +25,20 @@ from realtime.asyncapi import asyncapi_json, asyncapi_page
 def no_such_address(request: HttpRequest) -> HttpResponse:
     """Answer 404 as a problem, to a POST too; Django's own 404 in DEBUG shows the settings."""
     return handler404(request)
+
+
+def for_reading(view: Callable[[HttpRequest], HttpResponse]) -> Callable[..., HttpResponse]:
+    """Refuse other methods as the rest of the API does; Django would ask for a CSRF cookie."""
+
+    @csrf_exempt
+    def read(request: HttpRequest) -> HttpResponse:
+        if request.method in SAFE_METHODS:
+            return view(request)
+        refusal = problem_response(request, MethodNotAllowed(str(request.method)))
+        refusal["Allow"] = ", ".join(SAFE_METHODS)
+        return refusal
+
+    return read
 
 
 def api_problem(error: APIException, page: str) -> Callable[..., HttpResponse]:
@@ -54,8 +69,8 @@ api: list[URLPattern | URLResolver] = [
         SpectacularRedocView.as_view(url_name="schema", template_name="config/redoc.html"),
         name="redoc",
     ),
-    re_path(r"^asyncapi\.json/?$", asyncapi_json, name="asyncapi-json"),
-    re_path(r"^asyncapi/?$", asyncapi_page, name="asyncapi"),
+    re_path(r"^asyncapi\.json/?$", for_reading(asyncapi_json), name="asyncapi-json"),
+    re_path(r"^asyncapi/?$", for_reading(asyncapi_page), name="asyncapi"),
     re_path(r"", no_such_address),
 ]
 

@@ -464,6 +464,8 @@ BAD = {
     "PATCH all drops": wrong_method("PATCH", "drops"),
     "POST an event": wrong_method("POST", "drops/{live}/events"),
     "GET a ticket": wrong_method("GET", "ws-ticket"),
+    "POST a document": wrong_method("POST", "asyncapi.json"),
+    "DELETE a document": wrong_method("DELETE", "asyncapi"),
     "a method in a header": Bad(
         *("POST", "me", 405, "method_not_allowed"),
         headers={"HTTP_X_HTTP_METHOD_OVERRIDE": "GET"},
