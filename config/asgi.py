@@ -12,7 +12,7 @@ django_application = get_asgi_application()
 # These import models, so they come after the set-up above.
 from django.conf import settings  # noqa: E402
 
-from config import daphne_requests, daphne_stopping  # noqa: E402
+from config import daphne_requests, daphne_sockets, daphne_stopping  # noqa: E402
 from config.asgi_types import Application  # noqa: E402
 from config.body_limit import BodyLimit  # noqa: E402
 from config.garbage import collect_seldom  # noqa: E402
@@ -55,9 +55,10 @@ def observed(http: Application, others: Application) -> RequestLog:
     return RequestLog(http, others, samplers=SAMPLERS, observers=observers)
 
 
-# daphne reads these classes when it starts, after it has imported this module.
+# Both servers import this module before they serve; daphne reads these classes after that.
 if "daphne.server" in sys.modules:
     daphne_requests.install()
+    daphne_sockets.install()
     daphne_stopping.install()
 
 websockets = ImpatientSockets(URLRouter([*control_urlpatterns, *websocket_urlpatterns]))

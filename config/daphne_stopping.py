@@ -13,7 +13,7 @@ from typing import Any
 
 import daphne.server
 from daphne.http_protocol import WebRequest
-from daphne.ws_protocol import WebSocketFactory, WebSocketProtocol
+from daphne.ws_protocol import WebSocketProtocol
 from django.conf import settings
 from twisted.internet import reactor as _reactor
 from twisted.internet import tcp
@@ -26,21 +26,6 @@ logger = logging.getLogger(__name__)
 
 SERVICE_RESTART = 1012
 LOOK_AGAIN_SECONDS = 0.05
-
-
-class StandardCodes(WebSocketProtocol):
-    """A socket that can be closed with a code of the standard's, like 1012.
-
-    autobahn's ``sendClose`` takes only 1000 and those that are free for applications, and
-    raises for the rest: the socket would stay open.
-    """
-
-    def serverClose(self, code: int | None = None) -> None:
-        self.sendCloseFrame(code=1000 if code is None else code, isReply=False)
-
-
-class StandardCodesFactory(WebSocketFactory):
-    protocol = StandardCodes
 
 
 def finish_applications(server: daphne.server.Server) -> Deferred:
@@ -105,4 +90,3 @@ def applications(server: daphne.server.Server) -> Iterator[asyncio.Future]:
 def install() -> None:
     """Let every server that daphne makes from now on stop like this, however it is started."""
     daphne.server.Server.kill_all_applications = finish_applications
-    daphne.server.WebSocketFactory = StandardCodesFactory

@@ -19,15 +19,17 @@ CLOSE_ANSWER_SECONDS = 1.0
 class Gate:
     """Closed while Twisted's connection has enough to send; an ``IPushProducer``."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: Any) -> None:
         self.is_open = asyncio.Event()
         self.is_open.set()
+        self._protocol = protocol
 
     def pauseProducing(self) -> None:
         self.is_open.clear()
 
     def resumeProducing(self) -> None:
         self.is_open.set()
+        read_on(self._protocol)
 
     def stopProducing(self) -> None:
         self.is_open.set()
@@ -42,12 +44,32 @@ def waiting_send(send: Send) -> Send:
     protocol = daphne_protocol(send)
     if protocol is None:
         return send
-    gate = Gate()
+    gate = Gate(protocol)
     if getattr(protocol, "application_type", "http") == "websocket":
         # It took over the connection from the HTTP channel, which is still registered.
         protocol.unregisterProducer()
     protocol.registerProducer(gate, True)
     return partial(_send_through, gate.is_open, send)
+
+
+def waiting_receive(receive: Receive, send: Send) -> Receive:
+    """Return a ``receive`` after which daphne reads on, if too much was waiting before."""
+    protocol = daphne_protocol(send)
+    if protocol is None:
+        return receive
+
+    async def receive_and_read_on() -> Message:
+        message = await receive()
+        read_on(protocol)
+        return message
+
+    return receive_and_read_on
+
+
+def read_on(protocol: Any) -> None:
+    """Let a socket of ``config.daphne_sockets`` read again; no other kind stops."""
+    if hasattr(protocol, "read_on"):
+        protocol.read_on()
 
 
 async def _send_through(is_open: asyncio.Event, send: Send, message: Message) -> None:
@@ -75,10 +97,10 @@ def abort(send: Send) -> None:
 
 
 class ImpatientSockets:
-    """Let uvicorn wait ``CLOSE_ANSWER_SECONDS`` for a client's answer to its close frame.
+    """Have daphne read no more than is handled, and uvicorn wait less for an answer to a close.
 
-    By itself it waits for ten: then who opens sockets that are all refused, and answers nothing,
-    has thousands of them at once. Daphne ends a connection right after its frame.
+    By itself uvicorn waits for ten seconds: then who opens sockets that are all refused, and
+    answers nothing, has thousands of them at once. Daphne waits for one.
     """
 
     def __init__(self, application: Application) -> None:
@@ -88,7 +110,7 @@ class ImpatientSockets:
         protocol: Any = getattr(send, "__self__", None)
         if hasattr(protocol, "close_timeout"):
             protocol.close_timeout = CLOSE_ANSWER_SECONDS
-        await self.application(scope, receive, send)
+        await self.application(scope, waiting_receive(receive, send), send)
 
 
 def start(step: Awaitable[None]) -> Any:
