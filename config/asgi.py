@@ -60,6 +60,10 @@ if "daphne.server" in sys.modules:
     daphne_requests.install()
     daphne_sockets.install()
     daphne_stopping.install()
+if "uvicorn" in sys.modules:
+    from config import uvicorn_sockets
+
+    uvicorn_sockets.install()
 
 websockets = ImpatientSockets(URLRouter([*control_urlpatterns, *websocket_urlpatterns]))
 application = observed(http_application(), ProtocolTypeRouter({"websocket": websockets}))

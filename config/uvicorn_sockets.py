@@ -1,0 +1,55 @@
+"""uvicorn's sockets: what a client does wrong is no error here, and takes no memory.
+
+By itself uvicorn prints a traceback of a text that is not UTF-8, and fails where a close frame
+came right behind; and it answers each ping of a client that doesn't read the answers.
+"""
+
+from uvicorn._types import ASGIReceiveEvent
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+INVALID_TEXT = 1007
+
+deliver = WebSocketsSansIOProtocol.send_receive_event_to_app
+receive = WebSocketsSansIOProtocol.receive
+
+
+def deliver_if_valid(socket: WebSocketsSansIOProtocol) -> None:
+    """Hand a message to the application, or close with 1007."""
+    if socket.curr_msg_data_type == "text" and not socket.close_sent:
+        try:
+            b"".join(socket.frames).decode()
+        except UnicodeDecodeError:
+            socket.frames = []
+            socket.conn.fail(INVALID_TEXT, "a text that is not UTF-8")
+            return socket.handle_parser_exception()
+    return deliver(socket)
+
+
+def pause_writing(socket: WebSocketsSansIOProtocol) -> None:
+    socket.writable.clear()
+    socket.transport.pause_reading()
+
+
+def resume_writing(socket: WebSocketsSansIOProtocol) -> None:
+    socket.writable.set()
+    if not socket.read_paused:
+        socket.transport.resume_reading()
+
+
+async def receive_and_pause(socket: WebSocketsSansIOProtocol) -> ASGIReceiveEvent:
+    message = await receive(socket)
+    if not socket.writable.is_set():
+        # uvicorn's own has it read on, because the message was taken.
+        socket.transport.pause_reading()
+    return message
+
+
+def install() -> None:
+    """Let every socket be like this, however uvicorn is started."""
+    for name, method in [
+        ("send_receive_event_to_app", deliver_if_valid),
+        ("pause_writing", pause_writing),
+        ("resume_writing", resume_writing),
+        ("receive", receive_and_pause),
+    ]:
+        setattr(WebSocketsSansIOProtocol, name, method)
