@@ -81,6 +81,10 @@ class Socket:
             frames.append(await self.next())
         return frames
 
+    def types(self) -> list[str]:
+        """Return what kinds of frames have come and were not looked at."""
+        return [self._frames.get_nowait()["type"] for _ in range(self._frames.qsize())]
+
     async def say(self, message: Any) -> None:
         text = message if isinstance(message, str) else json.dumps(message)
         self._incoming.put_nowait({"type": "websocket.receive", "text": text})

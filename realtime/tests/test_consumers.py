@@ -6,7 +6,7 @@ import random
 import time
 import uuid
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
@@ -561,19 +561,38 @@ def test_a_heartbeat_never_overtakes_what_it_counts(monkeypatch):
 def test_five_thousand_fuzzed_frames_are_refused_without_an_error(caplog):
     choose = random.Random(23)
     expected = {consumers.BAD_MESSAGE, consumers.MESSAGE_TOO_LARGE}
+    pruned = drop_with_events(20)
+    Event.objects.filter(drop=pruned, seq__lt=10).delete()
+    known = [str(drop.pk) for drop in (drop_with_events(20), pruned)]
+    answers: Counter[str] = Counter()
 
     async def scenario() -> None:
         for _ in range(100):
             sockets = [await following("/ws/drops") for _ in range(50)]
             for socket in sockets:
+                for _ in range(choose.choice([0, 0, 0, 5])):
+                    await socket.say(sensible(choose, known))
                 await say_noise(socket, choose)
             codes = {await socket.close_code() for socket in sockets}
             assert codes <= expected
+            for socket in sockets:
+                answers.update(socket.types())
         assert open_connections._total == 0
         assert await following("/ws/drops")
 
     in_loop(scenario)
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    # States, what was missed, and answers to pings.
+    assert min(answers[kind] for kind in ("SNAPSHOT", STOCK, "PONG")) > 100
+
+
+def sensible(choose: random.Random, drop_ids: list[str]) -> dict[str, Any]:
+    """Return a message that is answered, or at least taken."""
+    drop_id = choose.choice(drop_ids)
+    message = {"action": choose.choice(["subscribe", "subscribe", "unsubscribe", "ping"])}
+    message["dropId"] = choose.choice([drop_id, drop_id.upper()])
+    since = choose.choice([None, 0, 1, 9, 10, 15, 19, 20, 21, log.LARGEST_SEQ])
+    return message if choose.random() < 0.2 else message | {"since": since}
 
 
 async def say_noise(socket: Socket, choose: random.Random) -> None:
@@ -582,7 +601,7 @@ async def say_noise(socket: Socket, choose: random.Random) -> None:
     values: list[Any] = [None, True, -1, 1e308, 2**70, text, [text], {text: text}, "subscribe"]
     drop_ids = [*values, str(uuid.uuid4())]
     message = {"action": choose.choice(values), "dropId": choose.choice(drop_ids)}
-    message["since"] = "bad"
+    message["since"] = choose.choice(["bad", "1", -1, 0.5, True, 2**70, [1]])
     kinds = [
         text,
         json.dumps(message),
