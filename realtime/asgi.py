@@ -18,6 +18,7 @@ from rest_framework.exceptions import APIException, NotFound, ValidationError
 
 from config.answers import security_headers
 from config.asgi_types import Application, Receive, Scope, Send
+from config.body_limit import too_long
 from config.hot_routes import (
     FallThrough,
     HotRequest,
@@ -64,6 +65,8 @@ class EventStreams:
         # The quick look is for the many that want something else.
         match = ADDRESS.fullmatch(path) if scope["method"] == "GET" and "events" in path else None
         if match is None or b"text/event-stream" not in dict(scope["headers"]).get(b"accept", b""):
+            return await self.application(scope, receive, send)
+        if too_long(scope):
             return await self.application(scope, receive, send)
         try:
             request = read_request(with_any_accept(scope), match.groups())

@@ -30,6 +30,7 @@ from realtime.limits import open_connections
 from realtime.models import Event
 from realtime.tests.sockets import in_loop
 from realtime.tests.test_hub import drop_with_events
+from tests.hot import Lane, hot_lane
 from tests.identities import bearer, identity_mode
 from tests.servers import WebServer, running_web_servers
 from users.models import User
@@ -333,6 +334,19 @@ def test_a_stream_ends_with_the_identity_that_opened_it(why):
 
     with identity_mode("jwt"):
         in_loop(scenario)
+
+
+def test_a_long_accept_header_counts_as_the_others_do():
+    address = f"/api/drops/{drop_with_events(1).pk}/events"
+    headers = {"Accept": "text/event-stream".ljust(20_000, ","), "X-Filler": "x" * 15_000}
+
+    async def scenario() -> None:
+        with hot_lane() as lane:
+            streams = Lane(EventStreams(lane.application))
+            answer = await asyncio.wait_for(streams.get(address, **headers), 5)
+        assert (answer.status, answer.json()["code"]) == (431, "headers_too_large")
+
+    in_loop(scenario)
 
 
 async def never(*_: Any) -> None:
