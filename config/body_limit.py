@@ -5,6 +5,7 @@ from django.conf import settings
 
 from config.answers import cors_headers, security_headers
 from config.asgi_types import Application, Message, Receive, Scope, Send
+from config.hot_routes import scheme_of
 from config.middleware import request_id
 from config.problems import (
     CONTENT_TYPE,
@@ -34,7 +35,8 @@ class BodyLimit:
         headers = dict(scope["headers"])
         declared = headers.get(b"content-length")
         if declared is not None:
-            if not declared.isdigit() or int(declared) > limit:
+            # int() refuses to read more digits than some thousands.
+            if not declared.isdigit() or len(declared) > 20 or int(declared) > limit:
                 return await self._refuse(scope, BodyTooLarge(), send)
             return await self.application(scope, receive, send)
         if b"transfer-encoding" not in headers:
@@ -63,6 +65,8 @@ class BodyLimit:
     async def _refuse(self, scope: Scope, error: Refusal, send: Send) -> None:
         headers = dict(scope["headers"])
         identifier = request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
+        forwarded = headers.get(b"x-forwarded-proto")
+        scheme = scheme_of(scope, forwarded.decode("latin-1") if forwarded is not None else None)
         body = orjson.dumps(problem(error, identifier))
         record = record_of(scope)
         record.request_id, record.code = identifier, error.code
@@ -74,7 +78,7 @@ class BodyLimit:
                     (b"content-type", CONTENT_TYPE.encode()),
                     (b"content-length", str(len(body)).encode()),
                     (b"x-request-id", identifier.encode()),
-                    *security_headers(scope.get("scheme", "http")),
+                    *security_headers(scheme),
                     *cors_headers(headers.get(b"origin", b"").decode("latin-1")),
                     # The rest of the body stays unread, so the connection is of no more use.
                     (b"connection", b"close"),

@@ -20,6 +20,7 @@ from twisted.internet.tcp import Connection
 
 from config.answers import cors_headers, security_headers
 from config.body_limit import body_limit
+from config.hot_routes import scheme_of
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, BodyTooLarge, problem
 
@@ -149,14 +150,16 @@ class LimitedRequest(WebRequest):
 
     def _refuse(self) -> None:
         self.is_refused = True
-        identifier = request_id(self._header(b"X-Request-Id"))
+        identifier = request_id(self._header(b"X-Request-Id") or "")
+        own_scheme = {"scheme": "https" if self.isSecure() else "http"}
+        scheme = scheme_of(own_scheme, self._header(b"X-Forwarded-Proto"))
         body = orjson.dumps(problem(BodyTooLarge(), identifier))
         headers = [
             (b"content-type", CONTENT_TYPE.encode()),
             (b"content-length", str(len(body)).encode()),
             (b"x-request-id", identifier.encode()),
             (b"connection", b"close"),
-            *security_headers("http"),
+            *security_headers(scheme),
             *cors_headers(self._header(b"Origin")),
         ]
         lines = [b"HTTP/1.1 413 Content Too Large", *(b"%b: %b" % header for header in headers)]
@@ -166,8 +169,9 @@ class LimitedRequest(WebRequest):
         transport.loseWriteConnection()
         self._factory.arriving[self] = time.monotonic() + LINGER_SECONDS
 
-    def _header(self, name: bytes) -> str:
-        return (self.requestHeaders.getRawHeaders(name) or [b""])[0].decode("latin-1")
+    def _header(self, name: bytes) -> str | None:
+        values = self.requestHeaders.getRawHeaders(name)
+        return values[0].decode("latin-1") if values else None
 
     def _abort(self) -> None:
         if self.channel is not None:

@@ -330,8 +330,11 @@ def read_request(scope: Scope, args: tuple[str, ...]) -> HotRequest:
         raise FallThrough
     length = found.get(b"content-length")
     if length is not None and not (
-        # Other digits, like a raised two, are none to int().
-        length.isascii() and length.isdigit() and int(length) <= quick_settings.MAX_BODY_BYTES
+        # Other digits, like a raised two, are none to int(), and thousands too many for it.
+        length.isascii()
+        and length.isdigit()
+        and len(length) <= 20
+        and int(length) <= quick_settings.MAX_BODY_BYTES
     ):
         raise FallThrough
     identifier = request_id(found.get(b"x-request-id"))

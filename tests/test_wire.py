@@ -18,7 +18,7 @@ import pytest
 from drops.models import Drop
 from drops.tests.factories import DropFactory
 from reservations.tests.factories import ReservationFactory
-from tests.servers import WebServer
+from tests.servers import WebServer, running_web_servers
 from users.models import User
 from users.tests.factories import UserFactory
 
@@ -90,6 +90,28 @@ def test_refuses_a_large_body(web_server, client, transactional_db):
     assert response.headers["access-control-allow-origin"] == "*"
     assert response.headers["x-content-type-options"] == "nosniff"
     assert User.objects.count() == 0
+    assert is_alive(web_server)
+
+
+@pytest.mark.parametrize("server", ["daphne", "uvicorn"])
+def test_a_refused_body_has_https_remembered_behind_a_proxy(server, django_db_setup):
+    environment = {"HTTPS_ONLY": "true", "TRUSTED_PROXIES": "127.0.0.1"}
+    head = request_bytes(
+        "POST", "/api/drops", b"Content-Length: 99999", b"X-Forwarded-Proto: https"
+    )
+    with running_web_servers(WebServer(server, **environment)) as (behind_proxy,):
+        status, headers, _ = exchange(behind_proxy, head)
+
+    assert status == 413
+    assert headers["strict-transport-security"].startswith("max-age=31536000")
+
+
+def test_a_length_of_thousands_of_digits_is_refused(web_server):
+    answer = exchange(
+        web_server, request_bytes("POST", "/api/drops", b"Content-Length: " + b"9" * 5000)
+    )
+
+    assert answer is None or answer[0] in (400, 413)
     assert is_alive(web_server)
 
 

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from realtime.models import Event, EventType
 from reservations.services import Claim, reserve
-from tests.hot import hot_lane, viewset_lane
+from tests.hot import Request, Response, hot_lane, post, viewset_lane
 from users.identity import public_id
 from users.tests.factories import UserFactory
 
@@ -300,6 +301,45 @@ def test_plain_http_is_redirected_and_https_remembered(lane, settings, monkeypat
     assert secure.status == 200
     expected = "max-age=3600; includeSubDomains; preload"
     assert secure.header("strict-transport-security") == expected
+
+
+LONG_REQUESTS = [
+    (413, Request("POST", "/api/drops", (b"{}",), (("Content-Length", "99999"),))),
+    (414, Request("GET", f"/api/drops?{'a' * 20_000}")),
+    (431, Request("GET", "/api/drops", headers=(("X-Filler", "a" * 40_000),))),
+]
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(("status", "request_"), LONG_REQUESTS, ids=[413, 414, 431])
+def test_refusals_in_front_of_django_have_https_remembered_too(lane, settings, status, request_):
+    settings.SECURE_HSTS_SECONDS = 3600
+    settings.SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+
+    def ask(scheme: str) -> Response:
+        forwarded = ("X-Forwarded-Proto", scheme)
+        asking = application.send(replace(request_, headers=(*request_.headers, forwarded)))
+        return asyncio.run(asking)
+
+    with lane() as application:
+        plain, secure = ask("http"), ask("https")
+
+    assert (plain.status, plain.header("strict-transport-security")) == (status, None)
+    assert secure.status == status
+    assert secure.header("strict-transport-security").startswith("max-age=3600")
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+def test_a_length_of_thousands_of_digits_is_too_large(lane):
+    user = UserFactory()
+    for address in ("/api/drops", f"/api/drops/{DropFactory().pk}/reserve"):
+        request = post(address, user, {}, Content_Length="9" * 5000)
+        with lane() as application:
+            answer = asyncio.run(application.send(request))
+
+        assert (answer.status, answer.json()["code"]) == (413, "body_too_large")
 
 
 # --- Addresses --------------------------------------------------------------------------
