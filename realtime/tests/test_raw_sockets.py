@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.db import connection
+from twisted.internet.testing import StringTransport
 from websockets.frames import CloseCode
 from websockets.sync.client import connect
 
+from config.daphne_sockets import LimitedSocketFactory
 from drops.tests.factories import DropFactory
 from tests.concurrency import another_session
 from tests.servers import Served, WebServer, running_web_servers
@@ -283,3 +285,16 @@ def test_pings_are_answered_also_after_a_pause(served):
             answers += [payload] if opcode == PONG else []
         sender.join()
     assert answers == payloads
+
+
+def test_what_the_server_sends_may_be_larger_under_daphne_too():
+    factory = LimitedSocketFactory(None)
+    # daphne's own limits; autobahn's are for both directions.
+    factory.setProtocolOptions(maxMessagePayloadSize=MEGABYTE, maxFramePayloadSize=MEGABYTE)
+    socket, transport = factory.buildProtocol(None), StringTransport()
+    socket.makeConnection(transport)
+    socket.state, socket.client_addr = socket.STATE_OPEN, None
+
+    socket.serverSend("x" * 2 * MEGABYTE)
+
+    assert transport.value().endswith(b"x" * 2 * MEGABYTE)

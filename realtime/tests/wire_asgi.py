@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from config import daphne_sockets
 from realtime.wire import connection_of, to_wire, write_now
-
-# As in config.asgi.
-daphne_sockets.install()
 
 
 async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
