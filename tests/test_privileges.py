@@ -283,7 +283,7 @@ def test_a_replay_gets_nothing_that_changes_anything(lane):
 
 def websockets() -> URLRouter:
     """Return what the server hands all handshakes to."""
-    return application.application.application_mapping["websocket"].application
+    return application.others.application_mapping["websocket"].application
 
 
 async def open_socket(address: str, headers: dict[str, str]) -> Any:

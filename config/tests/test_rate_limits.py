@@ -342,7 +342,7 @@ def test_failed_identities_of_sockets_and_streams_count_with_the_others(limits, 
             await close_code("/ws/drops", ("drops.v1", "ticket.unknown")),
         ]
         statuses = []
-        scope = stream_scope(drop.pk, "203.0.113.7", **{"X-User-Id": "me"})
+        scope = stream_scope(drop.pk, address="203.0.113.7", **{"X-User-Id": "me"})
 
         async def send(message):
             statuses.append(message.get("status"))

