@@ -224,7 +224,7 @@ async def send(lane: Lane, route: Route, target: str, headers: dict[str, str]) -
     given = headers | ({"Content-Type": "application/json"} if route.body else {})
     if route.accept:
         given["Accept"] = route.accept
-    # In front of both lanes, as in config/asgi.py.
+    # Beside both lanes, as in config/asgi.py.
     served = Lane(EventStreams(lane.application))
     request = Request(route.method, target, chunks, tuple(given.items()))
     return (await served.send(request)).status
