@@ -72,6 +72,7 @@ class Consumer(AsyncWebsocketConsumer):
     channel_layer_alias = "none: the hub listens for all sockets"
     address: str | None = None
     user_id: uuid.UUID | None = None
+    is_watching = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -91,7 +92,7 @@ class Consumer(AsyncWebsocketConsumer):
     def _forget(self) -> None:
         """Be over: this socket counts no more."""
         if self.address is not None:
-            open_connections.leave(self.address)
+            open_connections.leave(self.address, is_watching=self.is_watching)
             self.address = None
 
     def _enter(self) -> None:
@@ -105,7 +106,7 @@ class Consumer(AsyncWebsocketConsumer):
             raise Closing(PROCESS_IS_FULL, "this process has as many sockets as it takes")
         if open_connections.is_full_for(address):
             raise Closing(TOO_MANY_SOCKETS, "too many sockets from this address")
-        open_connections.enter(address)
+        open_connections.enter(address, is_watching=self.is_watching)
         self.address = address
 
     async def _check_rate(self, action: str, reason: str) -> None:
@@ -127,6 +128,7 @@ class DropConsumer(Consumer):
     # Where the server's own ``send`` need not be asked.
     connection: Connection | None = None
     hub: Hub
+    is_watching = True
     is_watching_all = False
     is_over = False
     # A step of sending that waits for the client to read.

@@ -14,11 +14,18 @@ class OpenConnections:
 
     def __init__(self) -> None:
         self._total = 0
+        # Of these, sockets that watch no drop, like the control room's.
+        self._others = 0
         self._by_address: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
         return self._total
+
+    @property
+    def watching(self) -> int:
+        """How many watch drops."""
+        return self._total - self._others
 
     @property
     def is_full(self) -> bool:
@@ -28,12 +35,14 @@ class OpenConnections:
         limit = settings.SOCKETS_PER_ADDRESS
         return bool(limit) and self._by_address[address] >= limit
 
-    def enter(self, address: str) -> None:
+    def enter(self, address: str, *, is_watching: bool = True) -> None:
         self._total += 1
+        self._others += not is_watching
         self._by_address[address] += 1
 
-    def leave(self, address: str) -> None:
+    def leave(self, address: str, *, is_watching: bool = True) -> None:
         self._total -= 1
+        self._others -= not is_watching
         self._by_address[address] -= 1
         if not self._by_address[address]:
             del self._by_address[address]

@@ -1,4 +1,4 @@
-"""How many sockets all processes hold together: each keeps its own number in Redis."""
+"""How many sockets watch drops in all processes together: each keeps its own number in Redis."""
 
 import asyncio
 import os
@@ -22,14 +22,14 @@ async def report_forever() -> None:
         while True:
             try:
                 name = f"{PREFIX}{socket.gethostname()}:{os.getpid()}"
-                await redis.set(name, open_connections.total, ex=FORGET_SECONDS)
+                await redis.set(name, open_connections.watching, ex=FORGET_SECONDS)
             except (RedisError, OSError):
                 pass
             await asyncio.sleep(REPORT_SECONDS)
 
 
 async def count_sockets() -> int | None:
-    """Return how many sockets and event streams there are, None while Redis is away."""
+    """Return how many sockets and event streams watch drops, None while Redis is away."""
     try:
         async with Redis.from_url(settings.REDIS_URL) as redis:
             names = [name async for name in redis.scan_iter(f"{PREFIX}*")]
