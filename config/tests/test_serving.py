@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from config.serving import allow_open_files, server_command
+from config.serving import allow_open_files
 from tests.servers import Served, running_web_servers
 
 SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
-# More than uvicorn lets wait by itself, and fifty times what daphne does.
+# More than uvicorn lets wait by itself.
 CROWD = 2500
 
 
@@ -23,14 +23,16 @@ CROWD = 2500
     not SOMAXCONN.exists() or int(SOMAXCONN.read_text()) < CROWD,
     reason="the system lets fewer wait",
 )
-def test_thousands_who_come_in_one_moment_find_a_place(web_server, transactional_db, many_files):
+def test_thousands_who_come_in_one_moment_find_a_place(
+    session_uvicorn, transactional_db, many_files
+):
     """A connection that finds none is tried again a second later, which is late in a drop."""
     crowd = [socket.socket() for _ in range(CROWD)]
-    web_server.send_signal(signal.SIGSTOP)
+    session_uvicorn.send_signal(signal.SIGSTOP)
     try:
         for one in crowd:
             one.setblocking(False)
-            one.connect_ex(("127.0.0.1", web_server.port))
+            one.connect_ex(("127.0.0.1", session_uvicorn.port))
         poll = select.poll()
         for one in crowd:
             poll.register(one, select.POLLOUT)
@@ -45,8 +47,8 @@ def test_thousands_who_come_in_one_moment_find_a_place(web_server, transactional
     finally:
         for one in crowd:
             one.close()
-        web_server.send_signal(signal.SIGCONT)
-    assert httpx.get(f"{web_server.url}/healthz", timeout=30).status_code == 200
+        session_uvicorn.send_signal(signal.SIGCONT)
+    assert httpx.get(f"{session_uvicorn.url}/healthz", timeout=30).status_code == 200
 
 
 @pytest.fixture
@@ -59,13 +61,6 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, CROWD + 500), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_daphne_listens_at_addresses_of_both_kinds():
-    assert "tcp:port=8000:interface=0.0.0.0:backlog=" in " ".join(
-        server_command("daphne", "0.0.0.0", 8000, 1)
-    )
-    assert r"interface=\:\:1:" in " ".join(server_command("daphne", "::1", 8000, 1))
 
 
 @pytest.mark.servers
