@@ -8,13 +8,13 @@ from typing import Any
 
 from channels.auth import get_user
 from channels.db import database_sync_to_async
-from django.contrib.sessions.backends.db import SessionStore
 from django.db import DatabaseError
 from psycopg_pool import PoolTimeout
 
 from realtime.consumers import INVALID_IDENTITY, TOO_MANY_NEW, Closing, Consumer
 from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
+from users.sessions import SessionStore
 
 PULSE_SECONDS = 2.0
 NOT_ALLOWED = 4403
