@@ -74,6 +74,11 @@ class Outbox:
     def is_holding(self) -> bool:
         return self.is_all_held or bool(self.held)
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether something waits that must be sent before all that is added now."""
+        return bool(self._messages)
+
     def put(self, message: Message) -> None:
         """Add something that isn't replaced; whoever calls this bounds how often."""
         self._messages.append(message)

@@ -46,7 +46,7 @@ class Socket:
         self.is_closed = asyncio.Event()
         self.accepted: dict[str, Any] | None = None
         self.code: int | None = None
-        self.is_direct, self.direct_frames = is_direct, 0
+        self.is_direct, self.direct_writes = is_direct, 0
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._incoming.put_nowait({"type": "websocket.connect"})
@@ -120,9 +120,11 @@ class WebSocketsSansIOProtocol:
         return 0 if self._socket.reads.is_set() else 1
 
     def write(self, data: bytes) -> None:
-        payload = data[4:] if data[1] == 126 else data[2:]
-        self._socket.direct_frames += 1
-        self._socket._frames.put_nowait(json.loads(payload))
+        self._socket.direct_writes += 1
+        while data:
+            size, head = (int.from_bytes(data[2:4]), 4) if data[1] == 126 else (data[1], 2)
+            self._socket._frames.put_nowait(json.loads(data[head : head + size]))
+            data = data[head + size :]
 
 
 def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:

@@ -65,14 +65,34 @@ def test_gets_exactly_what_it_missed(how, count):
             socket = await following(f"/ws/drops/{await other_drop()}")
             await socket.say({"action": "subscribe", "dropId": str(drop.pk), "since": 1})
         frames = await socket.up_to(count)
-        assert [(frame["prev"], frame["seq"]) for frame in frames] == [
-            (n - 1, n) for n in range(2, count + 1)
-        ]
+        assert joins(frames) == [(n - 1, n) for n in range(2, count + 1)]
         await sync_to_async(update_drop)(drop.pk, name="Ember")
         frame = await socket.next()
         assert (frame["type"], frame["prev"], frame["seq"]) == ("DROP_UPDATED", count, count + 1)
 
     in_loop(scenario)
+
+
+def test_a_page_of_what_was_missed_is_one_write():
+    drop = drop_with_events(250)
+
+    async def scenario() -> None:
+        socket = Socket(f"/ws/drops/{drop.pk}?since=0", is_direct=True)
+        assert joins(await socket.up_to(250)) == [(n - 1, n) for n in range(1, 251)]
+        assert socket.direct_writes == 3
+        for seq in range(251, 301):
+            await hub_module.get_hub()._take(message(drop, seq))
+        await socket.up_to(300)
+        # Most of these were never sent, and the newest joined on to an older one.
+        back = Socket(f"/ws/drops/{drop.pk}?since=250", is_direct=True)
+        assert joins(await back.up_to(300)) == [(n - 1, n) for n in range(251, 301)]
+        assert back.direct_writes == 1
+
+    in_loop(scenario)
+
+
+def joins(frames: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(frame["prev"], frame["seq"]) for frame in frames]
 
 
 async def other_drop() -> uuid.UUID:
@@ -243,7 +263,7 @@ def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch, 
         # Each joins on to what that client had before, and nobody gets the third again.
         assert [(await socket.next())["prev"] for socket in sockets] == [3] * 4
         # The snapshot, and the first frame, which had to be compared with it, went another way.
-        assert all(bool(socket.direct_frames) == is_direct for socket in sockets)
+        assert all(bool(socket.direct_writes) == is_direct for socket in sockets)
 
     in_loop(scenario)
 
@@ -288,7 +308,7 @@ def test_slices_leave_no_gap_and_repeat_nothing_whoever_comes_and_goes(monkeypat
         path = f"/ws/drops/{drop.pk}"
         stayers = [await following(path, is_direct=number % 2 == 0) for number in range(7)]
         await asyncio.gather(change(), *map(stay, stayers), *(come_and_go() for _ in range(5)))
-        assert all(bool(stayer.direct_frames) == stayer.is_direct for stayer in stayers)
+        assert all(bool(stayer.direct_writes) == stayer.is_direct for stayer in stayers)
 
     in_loop(scenario)
 
