@@ -24,7 +24,7 @@ from config.problems import RateLimited
 from config.rate_limits import rate_limits
 from realtime import backpressure, log
 from realtime.conflation import Outbox
-from realtime.frames import EventFrame, Message, is_uuid, pong_frame, text_message
+from realtime.frames import EventFrame, Message, Series, is_uuid, pong_frame, text_message
 from realtime.hub import OUTAGES, Hub, get_hub
 from realtime.limits import Allowance, open_connections
 from realtime.log import is_seq, read_seq
@@ -294,7 +294,10 @@ class DropConsumer(Consumer):
                 if events is None:
                     return False
                 frames = [EventFrame(drop_id, *event) for event in events]
-            since = self._send_page(frames[:REPLAY_PAGE], since)
+            if frames:
+                page = Series(since, frames[:REPLAY_PAGE])
+                since = page.last.seq
+                self._send_series(page)
             # The next page only when the client has read this one.
             await self._flushed()
             if self.outbox is None:
@@ -308,26 +311,15 @@ class DropConsumer(Consumer):
         self._flush()
         return True
 
-    def _send_page(self, frames: list[EventFrame], since: int) -> int:
-        """Send the frames that follow ``since``; return up to where they go.
-
-        With one write where that is possible: a client that was away for a second has missed
-        a hundred, and to send each took most of what such a client costs.
-        """
-        messages = []
-        for frame in frames:
-            messages.append(frame.message_after(since))
-            since = frame.seq
-        if self.outbox is None or not messages or self._write_at_once(self.outbox, messages):
-            return since
-        for message in messages:
+    def _send_series(self, series: Series) -> None:
+        """Send frames with one write, if nothing waits before them."""
+        if self.outbox is None:
+            return
+        is_first = self.blocked is None and not self.outbox.has_messages
+        if is_first and self.connection and write_now(self.connection, series.wire):
+            return
+        for message in series.messages:
             self.outbox.put(message)
-        return since
-
-    def _write_at_once(self, outbox: Outbox, messages: list[Message]) -> bool:
-        if self.connection is None or self.blocked is not None or outbox.has_messages:
-            return False
-        return write_now(self.connection, b"".join(message["wire"] for message in messages))
 
     # --- What the hub offers ------------------------------------------------------------
 

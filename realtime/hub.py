@@ -27,6 +27,7 @@ from realtime.conflation import Waiting
 from realtime.frames import (
     EventFrame,
     Message,
+    Series,
     heartbeat_frame,
     snapshot_frame,
     text_message,
@@ -490,49 +491,58 @@ class Hub:
         feed.is_due = False
         feed.next_turn = loop.time() + TURN_SECONDS
         audience = list(self._audience(drop_id))
-        for prev, frame in self._frames_of_turn(feed, len(audience)):
+        prev, frames = self._frames_of_turn(feed, len(audience))
+        if not frames:
+            return given_away
+        for frame in frames:
             if self._frames.left() < 1:
                 await asyncio.sleep(1 / FRAMES_PER_SECOND)
             self._frames.spend()
-            newest = frame
             metrics.event_lag_seconds.observe(max(0.0, time.time() - frame.at.timestamp()))
-            metrics.frames_sent.add(len(audience))
-            first, size = 0, min(FIRST_SOCKETS, SOCKETS_PER_SLICE)
-            while first < len(audience):
-                self._send(feed, newest, prev, audience[first : first + size])
-                first, size = first + size, min(2 * size, SOCKETS_PER_SLICE)
-                # Requests have their turn as well.
-                given_away -= time.perf_counter()
-                await asyncio.sleep(0)
-                given_away += time.perf_counter()
-                newest = feed.newer_state(frame) or newest
+        metrics.frames_sent.add(len(frames) * len(audience))
+        series = Series(prev, frames)
+        first, size = 0, min(FIRST_SOCKETS, SOCKETS_PER_SLICE)
+        while first < len(audience):
+            self._send(feed, series, audience[first : first + size])
+            first, size = first + size, min(2 * size, SOCKETS_PER_SLICE)
+            # Requests have their turn as well.
+            given_away -= time.perf_counter()
+            await asyncio.sleep(0)
+            given_away += time.perf_counter()
+            newest = feed.newer_state(frames[-1])
+            if newest is not None and newest is not series.last:
+                series = Series(prev, [*frames[:-1], newest])
         if feed.early:
             feed.early = {socket: seq for socket, seq in feed.early.items() if seq > feed.sent}
         return given_away
 
-    def _send(self, feed: Feed, frame: EventFrame, prev: int, sockets: Iterable[Socket]) -> None:
-        """Send ``frame`` to those who still watch and don't have it yet."""
-        watching, watching_all = self._groups(frame.drop_id)
-        message, early, is_early = frame.message_after(prev), feed.early, frame.seq > feed.sent
+    def _send(self, feed: Feed, series: Series, sockets: Iterable[Socket]) -> None:
+        """Send ``series`` to those who still watch, without what they have."""
+        watching, watching_all = self._groups(series.last.drop_id)
+        early, newest = feed.early, series.last.seq
+        is_early = newest > feed.sent
         for socket in sockets:
             if socket not in watching and socket not in watching_all:
                 continue
-            its_prev, its_message = prev, message
+            its = series
             if early and (had := early.get(socket)) is not None:
-                if frame.seq <= had:
+                rest = series.after(had)
+                if rest is None:
                     continue
+                its = rest
                 del early[socket]
-                its_prev, its_message = had, frame.message_after(had)
             connection = self._connections.get(socket)
-            if connection is None or not write_now(connection, its_message["wire"]):
-                socket.offer(frame, its_prev, its_message)
+            if connection is None or not write_now(connection, its.wire):
+                for prev, frame, message in zip(its.prevs, its.frames, its.messages, strict=True):
+                    socket.offer(frame, prev, message)
             if is_early:
-                early[socket] = frame.seq
+                early[socket] = newest
 
-    def _frames_of_turn(self, feed: Feed, sockets: int) -> list[tuple[int, EventFrame]]:
-        """Take what waits, each frame with its ``prev``; from then on it counts as sent."""
+    def _frames_of_turn(self, feed: Feed, sockets: int) -> tuple[int, list[EventFrame]]:
+        """Take what waits, with the ``seq`` before it; from then on it counts as sent."""
+        prev = feed.sent
         if feed.waiting is None:
-            return []
+            return prev, []
         if feed.singles is None:
             feed.singles = Allowance(SINGLES_PER_SECOND, SINGLES_BURST)
         most = min(int(feed.singles.left()), max(5, SENDS_OF_SINGLES_PER_TURN // (sockets or 1)))
@@ -541,11 +551,9 @@ class Hub:
         frames = feed.waiting.take(most)
         self._frames_sent += len(frames)
         metrics.frames_conflated.add(had - len(frames))
-        chain = []
-        for frame in frames:
-            chain.append((feed.sent, frame))
-            feed.sent = frame.seq
-        return chain
+        if frames:
+            feed.sent = frames[-1].seq
+        return prev, frames
 
     # --- Heartbeats ---------------------------------------------------------------------
 

@@ -243,6 +243,25 @@ def test_a_client_that_is_cut_off_again_and_again_misses_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("is_direct", [False, True])
+def test_all_frames_of_a_turn_are_one_write(is_direct):
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        socket = await following(f"/ws/drops/{drop.pk}", is_direct=is_direct)
+        hub, before = hub_module.get_hub(), socket.direct_writes
+        news = message(drop, *range(1, 31), kind="PURCHASE_COMPLETED")
+        news["events"][-1]["type"] = STOCK
+        await hub._take(news)
+        assert joins(await socket.up_to(30)) == [(n - 1, n) for n in range(1, 31)]
+        # The first after a state is compared with it, and goes the usual way with its turn.
+        await hub._take(message(drop, *range(31, 61), kind="PURCHASE_COMPLETED"))
+        assert joins(await socket.up_to(60)) == [(n - 1, n) for n in range(31, 61)]
+        assert socket.direct_writes - before == ([0, 30 + 1][is_direct])
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
 def test_who_is_served_last_gets_the_newest_state_and_it_only_once(monkeypatch, is_direct):
     monkeypatch.setattr(hub_module, "SOCKETS_PER_SLICE", 1)
     drop = drop_with_events(0)
