@@ -20,7 +20,7 @@ FEWEST_PROCESSES = 2
 EXPIRY_LOOPS = 2
 POOL_SIZE = 12
 SOCKETS_PER_PROCESS = 5000
-# The hub sends a socket no more of one drop, however fast its stock moves.
+# The hub sends a socket up to twenty of one drop; to a crowd it comes round more seldom.
 MOST_FRAMES_PER_SECOND = 10
 PAYING = 0.6
 

@@ -104,8 +104,8 @@ HOT_ROUTES = env.boolean("HOT_ROUTES", True)
 
 # --- Sockets ----------------------------------------------------------------------------
 
-# Event streams over HTTP count as sockets. 0: no limit per address, as behind a proxy, or in
-# development, where one machine is everybody.
+# Event streams over HTTP count as sockets. 0: no limit per address, as in development, where
+# one machine is everybody.
 SOCKETS_PER_ADDRESS = env.integer(
     "SOCKETS_PER_ADDRESS", 0 if DEBUG else 20, minimum=0, maximum=1_000_000
 )

@@ -60,14 +60,17 @@ CLOSE_CODES = {
     consumers.SERVICE_RESTART: "Connect again: the server restarts, or the past was replaced.",
     consumers.TRY_AGAIN_LATER: "The database can't be reached. Try again later.",
     consumers.BAD_MESSAGE: "Not a message that this socket knows, or a bad `since`.",
-    consumers.INVALID_IDENTITY: "The identity or the ticket is not valid.",
+    consumers.INVALID_IDENTITY: (
+        "The identity or the ticket is not valid, or no longer is: its token ended, or staff "
+        "switched the user off."
+    ),
     consumers.NOT_FOUND: "No such drop, or no such address.",
     consumers.TOO_SLOW: "The client did not read for 5 s. Connect again and resume.",
     consumers.TOO_MANY_SUBSCRIPTIONS: "More drops than one socket may watch.",
     consumers.TOO_MANY_MESSAGES: "More messages than one socket may send in a second.",
     consumers.TOO_MANY_SOCKETS: (
-        "More sockets than one address may have, or too many new ones of a user or address in "
-        "a minute. Try again later."
+        "More sockets than one address may have, or too many new ones of a user or address, or "
+        "identities of an address that were not believed, in a minute. Try again later."
     ),
     consumers.PROCESS_IS_FULL: "This server has as many sockets as it takes. Try again later.",
 }

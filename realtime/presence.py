@@ -13,7 +13,11 @@ from realtime.limits import open_connections
 REPORT_SECONDS = 2.0
 # A process that is gone is forgotten after this.
 FORGET_SECONDS = 6
-PREFIX = "drops:sockets:"
+
+
+def prefix() -> str:
+    # Other installations may use the same Redis.
+    return f"{settings.CHANNEL_PREFIX}:sockets:"
 
 
 async def report_forever() -> None:
@@ -21,7 +25,7 @@ async def report_forever() -> None:
     async with Redis.from_url(settings.REDIS_URL) as redis:
         while True:
             try:
-                name = f"{PREFIX}{socket.gethostname()}:{os.getpid()}"
+                name = f"{prefix()}{socket.gethostname()}:{os.getpid()}"
                 await redis.set(name, open_connections.watching, ex=FORGET_SECONDS)
             except (RedisError, OSError):
                 pass
@@ -32,7 +36,7 @@ async def count_sockets() -> int | None:
     """Return how many sockets and event streams watch drops, None while Redis is away."""
     try:
         async with Redis.from_url(settings.REDIS_URL) as redis:
-            names = [name async for name in redis.scan_iter(f"{PREFIX}*")]
+            names = [name async for name in redis.scan_iter(f"{prefix()}*")]
             numbers = await redis.mget(names) if names else []
             return sum(int(number) for number in numbers if number is not None)
     except (RedisError, OSError):

@@ -1,3 +1,4 @@
+import asyncio
 import json
 from contextlib import ExitStack
 
@@ -5,9 +6,11 @@ import pytest
 from django.contrib.auth.models import Permission
 from django.contrib.sessions.models import Session
 from django.test import Client
+from redis import Redis
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from realtime.presence import count_sockets
 from reservations.tests.factories import ReservationFactory
 from users.models import User
 from users.tests.factories import UserFactory
@@ -49,6 +52,14 @@ def test_the_sockets_of_all_processes_are_counted_together(web_servers, follow_p
         pulse = stack.enter_context(follow_pulse(UserFactory(is_staff=True, is_superuser=True)))
         while json.loads(pulse.recv(timeout=20))["data"]["sockets"] != 4:
             pass
+
+
+def test_another_installation_on_the_same_redis_counts_its_own_sockets(settings):
+    with Redis.from_url(settings.REDIS_URL) as redis:
+        for installation in ("one", "another"):
+            redis.set(f"{installation}:sockets:host:1", len(installation), ex=60)
+    settings.CHANNEL_PREFIX = "another"
+    assert asyncio.run(count_sockets()) == len("another")
 
 
 def test_the_pulse_is_for_staff_who_may_view_drops(follow_pulse):
