@@ -88,6 +88,9 @@ class LimitedRequest(WebRequest):
         """
         scope = self._plain_scope()
         if scope is None:
+            # Else daphne would believe any client where the application is mounted, and serve
+            # /x/metrics as /metrics, which a proxy refuses. Sockets begin here as well.
+            self.requestHeaders.removeHeader(b"daphne-root-path")
             return super().process()
         self.request_start = time.time()
         self.client_addr, self.server_addr = scope["client"], scope["server"]

@@ -326,6 +326,17 @@ def test_an_odd_address_elsewhere_is_no_error_of_the_server(web_server, path):
     assert is_alive(web_server)
 
 
+def test_no_client_says_where_the_application_is_mounted(web_server):
+    mounted = b"Daphne-Root-Path: /x"
+
+    elsewhere = exchange(web_server, request_bytes("GET", "/x/healthz", mounted))
+    here = exchange(web_server, request_bytes("GET", "/healthz", mounted))
+
+    assert elsewhere is not None
+    assert here is not None
+    assert (elsewhere[0], here[0]) == (404, 200)
+
+
 @pytest.mark.parametrize(
     "query",
     ["limit=%00", "limit=%ff", "offset=%ED%A0%80", "status=%00", "%00=%00", "limit=9" * 500],
@@ -548,16 +559,26 @@ def test_a_request_that_was_cut_short_changes_nothing(web_server, transactional_
 # --- Answers of the hot routes ----------------------------------------------------------
 
 
+HANDSHAKE = (
+    *(b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"),
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_no_socket_says_where_the_application_is_mounted(web_server):
+    handshake = request_bytes("GET", "/ws/nowhere", b"Daphne-Root-Path: /x", *HANDSHAKE)
+    with web_server.connect() as line:
+        line.sendall(handshake)
+
+        assert status_of(line.recv(4096)) == 101
+
+
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("path", ["/ws/nowhere", f"/ws/drops/{SOMEBODY}", "/ws/control"])
 def test_a_refused_socket_ends_soon_though_its_client_answers_nothing(web_server, path):
-    handshake = request_bytes(
-        "GET",
-        path,
-        f"Origin: {web_server.url.replace('127.0.0.1', 'localhost')}".encode(),
-        *(b"Upgrade: websocket", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"),
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-    )
+    origin = f"Origin: {web_server.url.replace('127.0.0.1', 'localhost')}".encode()
+    handshake = request_bytes("GET", path, origin, *HANDSHAKE)
     with web_server.connect() as line:
         line.settimeout(30)
         line.sendall(handshake)
