@@ -116,8 +116,9 @@ def settle_claims(
     """Settle one batch: its users, its keys, the claims and the answers, in a thread."""
     if not settings.CREATE_UNKNOWN_USERS:
         return _settle(batch, settle_many, encode, wait=wait)
-    if settings.DEBUG:
-        # Most of a development system's users are new.
+    if settings.DEBUG or settings.MAX_ACTIVE_HOLDS:
+        # Most of a development system's users are new. And who is made by somebody else in the
+        # middle of a batch was not there to be locked, so that two batches would each give a hold.
         _make_users(claim.identity for claims in batch.values() for claim in claims)
     try:
         return _settle(batch, settle_many, encode, wait=wait, refuse_new=False)

@@ -1,6 +1,7 @@
 """From a request to its batch: new users, keys that are in use, and whoever is locked."""
 
 import asyncio
+import threading
 import time
 import uuid
 from collections import Counter
@@ -14,10 +15,11 @@ from drops.hot_claims import HotClaim
 from drops.models import Drop
 from drops.services import Wait
 from drops.tests.factories import DropFactory
+from reservations import services
 from reservations.asgi import settle_reserves
 from reservations.models import Reservation
 from reservations.services import Claim
-from tests.concurrency import another_session
+from tests.concurrency import another_session, at_once
 from tests.hot import Lane, hot_lane
 from users.identity import Identity
 from users.models import User
@@ -116,6 +118,47 @@ def test_a_user_who_was_switched_off_costs_the_others_one_more_settling_a_second
         assert answer.status in (200, 201)
 
     assert len(settled) <= 4
+
+
+def test_a_new_user_who_reserves_twice_at_once_passes_no_limit(settings, monkeypatch):
+    settings.DEBUG, settings.MAX_ACTIVE_HOLDS = False, 1
+    slow, quick, user = DropFactory(), DropFactory(), uuid.uuid4()
+    slow_is_locked, quick_is_judged, slow_is_stored = (threading.Event() for _ in range(3))
+    lock_drops, save_drops = services.lock_drops, services.save_drops
+
+    def lock_and_wait(drop_ids, wait):
+        locked = lock_drops(drop_ids, wait)
+        if slow.pk in locked:
+            slow_is_locked.set()
+            quick_is_judged.wait(0.5)
+        return locked
+
+    def wait_and_save(locked_drops, now, beside):
+        if beside and quick.pk in [locked.drop.pk for locked in locked_drops]:
+            quick_is_judged.set()
+            slow_is_stored.wait(0.5)
+        save_drops(locked_drops, now, beside)
+
+    def reserve(drop):
+        batch = {drop.pk: [hot_claim(user)]}
+        return settle_reserves(batch, wait=Wait.AS_LONG_AS_IT_TAKES)[drop.pk][0]
+
+    def reserve_slowly():
+        answer = reserve(slow)
+        slow_is_stored.set()
+        return answer
+
+    def reserve_quickly():
+        slow_is_locked.wait(5)
+        return reserve(quick)
+
+    monkeypatch.setattr(services, "lock_drops", lock_and_wait)
+    monkeypatch.setattr(services, "save_drops", wait_and_save)
+
+    first, second = at_once(reserve_slowly, reserve_quickly)
+
+    assert (first.status, second.status_code) == (201, 409)
+    assert Reservation.objects.count() == 1
 
 
 # --- What one request waits for, and the others don't -----------------------------------
