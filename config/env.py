@@ -1,5 +1,6 @@
 """Read settings from the environment; a wrong value stops the start with one line."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import environ
+import jwt
 
 _env = environ.Env()
 
@@ -139,12 +141,44 @@ def jwt_algorithms(name: str, default: str) -> list[str]:
     With both kinds allowed, whoever knows a public key could sign with it as with a secret.
     """
     values = comma_separated(name, default)
-    if not (set(values) <= PUBLIC_KEY_ALGORITHMS or set(values) <= SECRET_ALGORITHMS):
-        allowed = " or ".join(
-            ", ".join(sorted(k)) for k in (PUBLIC_KEY_ALGORITHMS, SECRET_ALGORITHMS)
-        )
+    kinds = (PUBLIC_KEY_ALGORITHMS, SECRET_ALGORITHMS)
+    if not values or not any(set(values) <= kind for kind in kinds):
+        allowed = " or ".join(", ".join(sorted(kind)) for kind in kinds)
         raise InvalidSetting(name, ",".join(values), f"allowed are some of {allowed}")
     return values
+
+
+def jwt_key(name: str, algorithms: list[str]) -> str:
+    """Return a PEM or a secret with which tokens of one of ``algorithms`` can be verified."""
+    value = required(name, "when IDENTITY_MODE is jwt, unless JWT_JWKS_FILE is")
+    is_secret = set(algorithms) <= SECRET_ALGORITHMS
+    # A PEM in .env has its line breaks written as \n.
+    value = secret(name) if is_secret else value.replace("\\n", "\n")
+    if not any(is_key_for(algorithm, value) for algorithm in algorithms):
+        raise InvalidSetting(name, "***", f"it must be a key for {', '.join(algorithms)}")
+    return value
+
+
+def is_key_for(algorithm: str, key: str) -> bool:
+    try:
+        jwt.get_algorithm_by_name(algorithm).prepare_key(key)
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return False
+    return True
+
+
+def jwks_file(name: str) -> str:
+    """Return the path of a file of public keys that can be used; empty where none is set."""
+    value = text(name, "")
+    if value:
+        try:
+            jwt.PyJWKSet.from_dict(json.loads(Path(value).read_text()))
+        except OSError as exc:
+            raise InvalidSetting(name, value, f"it can't be read: {exc.strerror}") from None
+        except (ValueError, AttributeError, jwt.PyJWTError):
+            # AttributeError: JSON, but no object.
+            raise InvalidSetting(name, value, "there is no usable key in this file") from None
+    return value
 
 
 def networks(name: str) -> list[IPv4Network | IPv6Network]:

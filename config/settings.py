@@ -239,16 +239,9 @@ JWT_ALGORITHMS: list[str] = []
 JWT_KEY = JWT_JWKS_FILE = JWT_AUDIENCE = JWT_ISSUER = ""
 if IDENTITY_MODE == "jwt":
     JWT_ALGORITHMS = env.jwt_algorithms("JWT_ALGORITHMS", "RS256")
-    JWT_JWKS_FILE = env.text("JWT_JWKS_FILE", "")
-    if JWT_JWKS_FILE and not Path(JWT_JWKS_FILE).is_file():
-        raise env.InvalidSetting("JWT_JWKS_FILE", JWT_JWKS_FILE, "there is no such file")
+    JWT_JWKS_FILE = env.jwks_file("JWT_JWKS_FILE")
     if not JWT_JWKS_FILE:
-        # A PEM in .env has its line breaks written as \n.
-        JWT_KEY = env.required(
-            "JWT_KEY", "when IDENTITY_MODE is jwt, unless JWT_JWKS_FILE is"
-        ).replace("\\n", "\n")
-        if set(JWT_ALGORITHMS) <= env.SECRET_ALGORITHMS:
-            JWT_KEY = env.secret("JWT_KEY")
+        JWT_KEY = env.jwt_key("JWT_KEY", JWT_ALGORITHMS)
     JWT_AUDIENCE = env.required("JWT_AUDIENCE", "when IDENTITY_MODE is jwt")
     JWT_ISSUER = env.required("JWT_ISSUER", "when IDENTITY_MODE is jwt")
 # A verified identity that is new becomes a user; in development any UUID does.
@@ -407,7 +400,7 @@ USE_TZ = True
 
 # --- Logs -------------------------------------------------------------------------------
 
-LOG_LEVEL = env.text("LOG_LEVEL", "INFO").upper()
+LOG_LEVEL = env.choice("LOG_LEVEL", "info", ("debug", "info", "warning", "error")).upper()
 # A line per request: in development nobody asked for it.
 REQUEST_LOG = env.boolean("REQUEST_LOG", not DEBUG)
 LOGGING = {

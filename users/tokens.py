@@ -141,7 +141,7 @@ class KeyFile:
         """Look at the file, unless that was done a moment ago.
 
         Raises:
-            OSError, ValueError, PyJWTError: it can't be used, and never could.
+            OSError, ValueError, AttributeError, PyJWTError: it can't be used, and never could.
         """
         path = settings.JWT_JWKS_FILE
         if self._source and self._source[0] == path and time.monotonic() < self._next_look:
@@ -155,7 +155,8 @@ class KeyFile:
                     self.keys = PyJWKSet.from_dict(json.loads(Path(path).read_text()))
                     self._source = source
                     forget_verified()
-            except (OSError, ValueError, PyJWTError):
+            except (OSError, ValueError, AttributeError, PyJWTError):
+                # AttributeError: JSON, but no object.
                 if not self._source or self._source[0] != path:
                     raise
                 # Half written, perhaps. The old keys go on until it can be read.

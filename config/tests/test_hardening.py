@@ -17,6 +17,7 @@ from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.db import connection
 from django.test import override_settings
+from jwt.algorithms import RSAAlgorithm
 
 from config import checks
 from config.addresses import client_address
@@ -26,6 +27,7 @@ from purchases.services import purchase
 from realtime.models import Event, EventType
 from reservations.services import Claim, reserve
 from tests.hot import Request, Response, hot_lane, post, viewset_lane
+from tests.identities import private_key, public_pem
 from users.identity import public_id
 from users.tests.factories import UserFactory
 
@@ -83,6 +85,7 @@ def test_the_production_example_has_no_warnings_and_no_internal_routes():
 
 
 SECRET = "s" * 32
+A_PUBLIC_KEY = "-----BEGIN PUBLIC KEY-----\nMFwwDQYJKoZIhvcNAQEB\n-----END PUBLIC KEY-----"
 UNUSABLE = {
     "raw headers": ({"IDENTITY_MODE": "header"}, "IDENTITY_MODE"),
     "an unknown mode": ({"IDENTITY_MODE": "trust"}, "IDENTITY_MODE"),
@@ -91,7 +94,19 @@ UNUSABLE = {
     "three secrets": ({"GATEWAY_SECRETS": ",".join([SECRET] * 3)}, "GATEWAY_SECRETS"),
     "no key": ({"IDENTITY_MODE": "jwt"}, "JWT_KEY"),
     "no key file": ({"IDENTITY_MODE": "jwt", "JWT_JWKS_FILE": "/nowhere"}, "JWT_JWKS_FILE"),
-    "no audience": ({"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET}, "JWT_AUDIENCE"),
+    "a key file without keys": (
+        {"IDENTITY_MODE": "jwt", "JWT_JWKS_FILE": str(settings.BASE_DIR / "pyproject.toml")},
+        "JWT_JWKS_FILE",
+    ),
+    "a key that is none": ({"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET}, "JWT_KEY"),
+    "a public key as a secret": (
+        {"IDENTITY_MODE": "jwt", "JWT_KEY": A_PUBLIC_KEY, "JWT_ALGORITHMS": "HS256"},
+        "JWT_KEY",
+    ),
+    "no audience": (
+        {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "HS256"},
+        "JWT_AUDIENCE",
+    ),
     "both kinds of keys": (
         {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "RS256,HS256"},
         "JWT_ALGORITHMS",
@@ -110,10 +125,15 @@ UNUSABLE = {
         {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": "none"},
         "JWT_ALGORITHMS",
     ),
+    "a list of no algorithms": (
+        {"IDENTITY_MODE": "jwt", "JWT_KEY": SECRET, "JWT_ALGORITHMS": ","},
+        "JWT_ALGORITHMS",
+    ),
     "no rate": ({"RATE_LIMIT_RESERVE": "many"}, "RATE_LIMIT_RESERVE"),
     "a rate of nothing": ({"RATE_LIMIT_CREATE": "0/minute"}, "RATE_LIMIT_CREATE"),
     "no network": ({"TRUSTED_PROXIES": "proxy.internal"}, "TRUSTED_PROXIES"),
     "creators that are nobody": ({"DROP_CREATORS": "root"}, "DROP_CREATORS"),
+    "no level of logs": ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL"),
 }
 
 
@@ -145,6 +165,21 @@ def test_a_start_without_protection_is_refused_in_one_line():
         assert line.startswith(f"{variable}="), (name, line)
         assert "hunter2" not in line
         assert SECRET not in line
+
+
+def test_tokens_may_be_verified_with_a_key_of_any_kind(tmp_path):
+    key = RSAAlgorithm.to_jwk(private_key().public_key())
+    (tmp_path / "jwks.json").write_text(f'{{"keys": [{key}]}}')
+    by_token = {"IDENTITY_MODE": "jwt", "JWT_AUDIENCE": "drops", "JWT_ISSUER": "us"}
+    one_line = public_pem().replace("\n", "\\n")
+
+    lines = starts(
+        by_token | {"JWT_KEY": one_line, "JWT_ALGORITHMS": "ES256,RS256"},
+        by_token | {"JWT_KEY": SECRET, "JWT_ALGORITHMS": "HS256,HS384"},
+        by_token | {"JWT_JWKS_FILE": str(tmp_path / "jwks.json")},
+    )
+
+    assert lines == ["fine"] * 3
 
 
 def test_the_secrets_of_the_example_are_refused():

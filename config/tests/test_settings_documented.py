@@ -32,7 +32,10 @@ for environment in json.loads(sys.argv[1]):
 print(json.dumps(sorted(names)))
 """
 # What one run reads depends on what it finds.
-JWT = {"IDENTITY_MODE": "jwt", "JWT_AUDIENCE": "drops", "JWT_ISSUER": "us", "JWT_KEY": "s" * 32}
+JWT = {
+    **{"IDENTITY_MODE": "jwt", "JWT_AUDIENCE": "drops", "JWT_ISSUER": "us"},
+    **{"JWT_KEY": "s" * 32, "JWT_ALGORITHMS": "HS256"},
+}
 ENVIRONMENTS = [
     {"DEBUG": "true"},
     PRODUCTION,
