@@ -12,7 +12,7 @@ from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.views.main import ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
-from django.db import OperationalError
+from django.db import DataError, OperationalError
 from django.db.models import Model, Q, QuerySet
 from django.forms.models import construct_instance
 from django.http import HttpRequest, HttpResponse
@@ -27,7 +27,30 @@ from drops.models import Drop
 from users.models import User
 
 
-class RowAdmin(ModelAdmin):
+class ListAdmin(ModelAdmin):
+    """Rows whose pages are no error of the server, whatever their address asks for."""
+
+    def get_changelist_instance(self, request: HttpRequest) -> ChangeList:
+        # PostgreSQL takes no NUL in a text, and Django sends it one.
+        if "%00" in request.GET.urlencode():
+            raise IncorrectLookupParameters
+        try:
+            return super().get_changelist_instance(request)
+        except (DataError, ValueError, OverflowError):
+            # A pattern or a number that PostgreSQL can't read, a year that is followed by none.
+            raise IncorrectLookupParameters from None
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
+    ) -> tuple[QuerySet[Any], bool]:
+        return super().get_search_results(request, queryset, search_term.replace("\0", ""))
+
+    def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
+        # An address fills in no form: its texts are no times, and nobody asked for them.
+        return {}
+
+
+class RowAdmin(ListAdmin):
     """Rows that nobody ever deletes."""
 
     show_full_result_count = False
@@ -36,12 +59,6 @@ class RowAdmin(ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False
-
-    def get_changelist_instance(self, request: HttpRequest) -> ChangeList:
-        # PostgreSQL takes no NUL in a text, and Django sends it one.
-        if "%00" in request.GET.urlencode():
-            raise IncorrectLookupParameters
-        return super().get_changelist_instance(request)
 
 
 class ReadOnlyAdmin(RowAdmin):
@@ -206,5 +223,5 @@ admin.site.unregister(Group)
 
 
 @admin.register(Group)
-class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
+class GroupAdmin(DjangoGroupAdmin, ListAdmin):
     """The roles; see ``control.roles``."""

@@ -1,11 +1,16 @@
 from typing import Any
 
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.core.paginator import InvalidPage
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.template.response import TemplateResponse
 from django.urls import path
 from unfold.sites import UnfoldAdminSite
 
 from control.dashboard import figures, recent_staff_work
+
+
+def page_not_found(request: HttpRequest, **address: str) -> HttpResponse:
+    raise Http404
 
 
 class ControlSite(UnfoldAdminSite):
@@ -14,7 +19,19 @@ class ControlSite(UnfoldAdminSite):
     index_title = "Control room"
 
     def extra_urls(self) -> list[Any]:
-        return [path("figures/", self.admin_view(self.figures_view), name="figures")]
+        return [
+            path("figures/", self.admin_view(self.figures_view), name="figures"),
+            # Django's own looks for a row's page on the site; no row has one.
+            path("r/<path:row>/", self.admin_view(page_not_found)),
+        ]
+
+    def search(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> TemplateResponse:
+        try:
+            return super().search(request, extra_context)
+        except InvalidPage:
+            raise Http404 from None
 
     def index(
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None

@@ -40,6 +40,7 @@ from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropCreateSerializer, DropInputSerializer
 from drops.services import adjust_stock, create_drop, status_on_sale, update_drop
 from drops.timeline import describe, read_timeline
+from realtime.log import read_seq
 from users.models import User
 
 WINDOW_AND_LIMITS = [
@@ -289,7 +290,9 @@ class NewDropForm(DropForm):
             label, _, units = line.rpartition(":")
             if not line.strip():
                 continue
-            if not label.strip() or not units.strip().isdecimal():
+            # More digits than a number in the database has; int() refuses some thousands.
+            is_number = units.strip().isdecimal() and len(units.strip()) <= 10
+            if not label.strip() or not is_number:
                 raise forms.ValidationError(f"“{line}” is not a size with its stock.")
             sizes.append({"label": label.strip(), "total_stock": int(units)})
         return sizes
@@ -466,8 +469,8 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         if not self.has_view_permission(request):
             raise PermissionDenied
         drop = get_object_or_404(self.get_queryset(request), pk=object_id)
-        before = request.GET.get("before", "")
-        events, older = read_timeline(drop, int(before) if before.isdecimal() else None)
+        before = read_seq(request.GET.get("before", ""))
+        events, older = read_timeline(drop, before)
         opened_at = drop.starts_at or drop.created_at
         return TemplateResponse(
             request,
@@ -481,7 +484,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
                 "status": status_now(drop).label,
                 "events": [(event, describe(event)) for event in events],
                 "older": older,
-                "is_newest": not before.isdecimal(),
+                "is_newest": before is None,
                 "sales": {
                     "openedAt": format_instant(opened_at),
                     "total": drop.total_stock,

@@ -1,0 +1,47 @@
+"""What staff may type, or follow, by mistake: never an error of the server."""
+
+import pytest
+from django.contrib.contenttypes.models import ContentType
+from django.urls import reverse
+
+from drops.models import Drop
+
+CREATORS = "app_label=drops&model_name=drop&field_name=created_by"
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("rows", "query"),
+    [
+        ("drops_drop", "name__regex=("),
+        ("drops_drop", "price=1e999999"),
+        ("drops_drop", "created_at__year=9999"),
+        ("drops_drop", f"created_at__year={10**20}"),
+        ("purchases_purchase", "created_at__year=9999"),
+        ("users_user", "date_joined__year=9999"),
+        ("users_user", "username=%00"),
+        ("auth_group", "name__regex=("),
+    ],
+)
+def test_a_filter_that_cannot_be_asked_for_leads_to_the_whole_list(admin_client, rows, query):
+    response = admin_client.get(f"{reverse(f'admin:{rows}_changelist')}?{query}")
+
+    assert (response.status_code, response.headers.get("Location", "")[-4:]) == (302, "?e=1")
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("/admin/drops/drop/add/?starts_at=99999", 200),
+        (
+            "/admin/autocomplete/?app_label=drops&model_name=drop&field_name=created_by&term=%00",
+            200,
+        ),
+        ("/admin/r/{drops}/x/", 404),
+        (f"/admin/search/?s=a&page={'9' * 5000}", 404),
+    ],
+)
+def test_a_page_that_is_none_is_no_error(admin_client, address, status):
+    drops = ContentType.objects.get_for_model(Drop).pk
+
+    assert admin_client.get(address.format(drops=drops)).status_code == status
