@@ -169,10 +169,10 @@ class DropReads:
     async def _answer(
         self, request: HotRequest, actions: Mapping[str, Any], **kwargs: str
     ) -> HotAnswer:
-        if not request.is_anonymous:
-            await self._check_identity(request)
         if len(request.query) > MAX_QUERY_LENGTH:
             raise FallThrough
+        if not request.is_anonymous:
+            await self._check_identity(request)
         # Pages link to their neighbours by the address that the client used.
         key = (request.scheme, request.header(b"host") or "", request.path, request.query)
         page = self._page(key)

@@ -341,13 +341,16 @@ def test_plain_http_is_redirected_and_https_remembered(lane, settings, monkeypat
 LONG_REQUESTS = [
     (413, Request("POST", "/api/drops", (b"{}",), (("Content-Length", "99999"),))),
     (414, Request("GET", f"/api/drops?{'a' * 20_000}")),
+    (414, Request("GET", f"/api/drops?{'&' * 1000}", headers=(("X-User-Id", "nobody"),))),
     (431, Request("GET", "/api/drops", headers=(("X-Filler", "a" * 40_000),))),
 ]
 
 
 @pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
 @pytest.mark.django_db(transaction=True)
-@pytest.mark.parametrize(("status", "request_"), LONG_REQUESTS, ids=[413, 414, 431])
+@pytest.mark.parametrize(
+    ("status", "request_"), LONG_REQUESTS, ids=["413", "414", "parameters", "431"]
+)
 def test_refusals_in_front_of_django_have_https_remembered_too(lane, settings, status, request_):
     settings.SECURE_HSTS_SECONDS = 3600
     settings.SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
