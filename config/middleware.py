@@ -22,6 +22,9 @@ class RequestIdMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         request.request_id = request_id(request.headers.get("X-Request-Id"))  # type: ignore[attr-defined]
+        if request.encoding is not None:
+            # Forms are in UTF-8, whatever they declare: some of Python's are no text encodings.
+            request.encoding = "utf-8"
         response = refuse_wrong_host(request) or self.get_response(request)
         response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
         for name, value in getattr(request, "rate_limit", ()):

@@ -1,4 +1,4 @@
-"""What staff may type, or follow, by mistake: never an error of the server."""
+"""What may be typed, followed or sent to the admin: never an error of the server."""
 
 import pytest
 from django.contrib.contenttypes.models import ContentType
@@ -45,3 +45,14 @@ def test_a_page_that_is_none_is_no_error(admin_client, address, status):
     drops = ContentType.objects.get_for_model(Drop).pk
 
     assert admin_client.get(address.format(drops=drops)).status_code == status
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_form_is_read_as_utf_8_whatever_it_declares(client, db, kind):
+    body = b'--x\r\nContent-Disposition: form-data; name="username"\r\n\r\nAda\r\n--x--\r\n'
+
+    response = client.generic(
+        "POST", "/admin/login/", body, content_type=f"{kind}; boundary=x; charset=hex"
+    )
+
+    assert response.status_code == 200
