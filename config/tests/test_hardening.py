@@ -304,6 +304,15 @@ def test_the_script_of_the_docs_is_a_file_of_its_own(client):
     assert "SwaggerUIBundle" in response.content.decode()
 
 
+@pytest.mark.parametrize("page", ["docs", "redoc"])
+def test_the_viewers_are_for_reading_alone(client, page):
+    refused = client.options(f"/api/{page}")
+
+    assert (refused.status_code, refused["Allow"]) == (405, "GET, HEAD")
+    assert refused.json()["code"] == "method_not_allowed"
+    assert client.head(f"/api/{page}").status_code == 200
+
+
 @pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
 @pytest.mark.django_db(transaction=True)
 def test_api_answers_allow_no_page_at_all(lane):
