@@ -424,6 +424,8 @@ LOGGING = {
         "django": {"level": "INFO", "handlers": [], "propagate": True},
         # Each refused request would be a line of its own here.
         "django.request": {"level": "ERROR", "filters": ["failures"]},
+        # Whoever likes sends a Host that is none; with its traceback it would fill the logs.
+        "django.security.DisallowedHost": {"level": "CRITICAL"},
         "django.channels.server": {"level": "WARNING"},
         "daphne": {"level": "WARNING"},
         # uvicorn brings handlers of its own, which write in their own way.

@@ -503,6 +503,14 @@ def test_every_handler_masks():
 
 
 @pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("path", ["/", "/api/drops", "/admin/"])
+def test_a_host_that_is_none_fills_no_logs(client, caplog, path):
+    response = client.get(path, headers={"host": "elsewhere.example.com"})
+
+    assert response.status_code == 400
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_opaque_ids_hide_who_bought(client_of, settings):
     settings.PUBLIC_USER_IDS = "opaque"
     drop, user = DropFactory(), UserFactory()
