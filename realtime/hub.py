@@ -141,6 +141,7 @@ class Hub:
         self._connections: dict[Socket, Connection] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
         self._frames = Allowance(FRAMES_PER_SECOND, FRAMES_BURST)
+        # Those, too, that nobody watched: a state from before them is too old.
         self._frames_sent = 0
         # A heartbeat must not overtake the frames that it counts.
         self._sending = asyncio.Lock()
@@ -425,6 +426,7 @@ class Hub:
         """Leave out events that nobody here has asked for, like those of 10,000 expired holds."""
         feed = self._feed(drop_id)
         feed.seq = feed.sent = up_to
+        self._frames_sent += 1
         feed.recent = feed.waiting = None
         tell_followers(drop_id, [])
         self.private.look_soon()
@@ -451,6 +453,7 @@ class Hub:
             listener.hear(frames)
         if not (self._watching_all or drop_id in self._watching):
             feed.sent = feed.seq
+            self._frames_sent += 1
             feed.recent = feed.waiting = None
             return
         if feed.waiting is None:

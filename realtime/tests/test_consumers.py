@@ -239,6 +239,21 @@ def test_a_client_that_is_cut_off_again_and_again_misses_nothing(monkeypatch):
     in_loop(scenario)
 
 
+@pytest.mark.parametrize("carries_events", [False, True])
+def test_a_state_of_all_drops_has_what_happened_while_nobody_watched(monkeypatch, carries_events):
+    monkeypatch.setattr(hub_module, "SNAPSHOT_SECONDS", 60)
+    drop = drop_with_events(0)
+
+    async def scenario() -> None:
+        await (await following("/ws/drops")).leave()
+        await Drop.objects.filter(pk=drop.pk).aupdate(seq=1)
+        await hub_module.get_hub()._take(message(drop, 1, carries_events=carries_events))
+        frame = await Socket("/ws/drops").next()
+        assert frame["data"]["drops"][0]["seq"] == 1
+
+    in_loop(scenario)
+
+
 # --- A crowd that is served in slices ---------------------------------------------------
 
 
