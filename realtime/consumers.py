@@ -275,7 +275,7 @@ class DropConsumer(Consumer):
             self.ahead.pop(drop_id, None)
             if self.outbox.continue_from(drop_id, seq):
                 continue
-            if drop_id in self.watched or seq > self.hub.sent(drop_id):
+            if drop_id in self.watched or self.hub.may_bring(drop_id, seq):
                 # The hub may be sending the very frame to which the state belongs.
                 self.ahead[drop_id] = seq
 

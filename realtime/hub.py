@@ -145,6 +145,7 @@ class Hub:
         self._frames_sent = 0
         # A heartbeat must not overtake the frames that it counts.
         self._sending = asyncio.Lock()
+        self._turn_of: str | None = None
         self._snapshots: dict[str | None, Snapshot] = {}
         self._readings: dict[str | None, asyncio.Task[Snapshot]] = {}
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -242,6 +243,10 @@ class Hub:
         """Return the ``seq`` of the drop's newest frame: what is up to there isn't sent again."""
         feed = self._feeds.get(drop_id)
         return feed.sent if feed else 0
+
+    def may_bring(self, drop_id: str, seq: int) -> bool:
+        """Say whether a socket that watched before may yet be brought frames up to ``seq``."""
+        return seq > self.sent(drop_id) or drop_id == self._turn_of
 
     def _groups(self, drop_id: str) -> tuple[set[Socket], set[Socket]]:
         """Return who watches this drop, and who watches all and is shown it."""
@@ -478,10 +483,12 @@ class Hub:
             began = loop.time()
             try:
                 async with self._sending:
+                    self._turn_of = drop_id
                     given_away = await self._take_turn(drop_id)
             except Exception:
                 logger.exception("sending failed; the drop's clients will find out by themselves")
                 given_away = LONGEST_BREAK_SECONDS
+            self._turn_of = None
             spent = loop.time() - began
             if spent > TURN_SECONDS / 10:
                 # They had the loop between the slices too, and may have half as much again.

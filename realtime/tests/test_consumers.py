@@ -254,6 +254,29 @@ def test_a_state_of_all_drops_has_what_happened_while_nobody_watched(monkeypatch
     in_loop(scenario)
 
 
+def test_what_a_state_of_all_drops_holds_is_not_sent_again(monkeypatch):
+    # So a turn lasts longer than the reading of a state.
+    monkeypatch.setattr(hub_module, "FRAMES_PER_SECOND", 4)
+    monkeypatch.setattr(hub_module, "FRAMES_BURST", 0)
+    drop, read = drop_with_events(0), log.snapshot
+
+    async def scenario() -> None:
+        hub = hub_module.get_hub()
+
+        def read_in_a_turn(drop_id: str | None) -> Any:
+            update_drop(drop.pk, name="Ember")
+            while hub.sent(str(drop.pk)) < 1:
+                time.sleep(0.001)
+            return read(drop_id)
+
+        monkeypatch.setattr(log, "snapshot", read_in_a_turn)
+        socket = await following("/ws/drops")
+        await hub._take(message(drop, 2))
+        assert (await socket.next())["prev"] == 1
+
+    in_loop(scenario)
+
+
 # --- A crowd that is served in slices ---------------------------------------------------
 
 
