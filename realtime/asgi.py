@@ -249,7 +249,9 @@ class EventStream:
             frames = [EventFrame(self.drop_id, *event) for event in events]
             await self._send(send, chunk(frames))
             seq = frames[-1].seq
-        snapshot = await get_hub().snapshot(self.drop_id)
+        hub = get_hub()
+        # What was heard before it listened may wait for its turn at sockets, and won't come here.
+        snapshot = await hub.snapshot(self.drop_id, hub.heard(self.drop_id))
         seq = snapshot.seqs[self.drop_id]
         text = snapshot.message["text"]
         await self._send(send, f"id: {seq}\nevent: SNAPSHOT\ndata: {text}\n\n".encode())

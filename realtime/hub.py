@@ -248,6 +248,11 @@ class Hub:
         """Say whether a socket that watched before may yet be brought frames up to ``seq``."""
         return seq > self.sent(drop_id) or drop_id == self._turn_of
 
+    def heard(self, drop_id: str) -> int:
+        """Return the ``seq`` of the drop's newest event: listeners hear only what follows it."""
+        feed = self._feeds.get(drop_id)
+        return feed.seq if feed else 0
+
     def _groups(self, drop_id: str) -> tuple[set[Socket], set[Socket]]:
         """Return who watches this drop, and who watches all and is shown it."""
         # A rehearsal is shown to those who ask for it by its id, and to nobody else.
@@ -260,22 +265,24 @@ class Hub:
 
     # --- What a new socket gets first ---------------------------------------------------
 
-    async def snapshot(self, drop_id: str | None) -> Snapshot:
+    async def snapshot(self, drop_id: str | None, at_least: int = 0) -> Snapshot:
         """Return the state of the drop, or of all current ones, that the next frames continue.
 
         Read once for all who ask at that time. Call it when the socket is watching.
 
+        Args:
+            at_least: the ``seq`` that the drop's state must have reached.
         Raises:
             ObjectDoesNotExist: there is no drop with this id.
             DatabaseError, PoolTimeout: the database can't be reached.
         """
         frames_before = self._frames_sent
-        sent = self.sent(drop_id) if drop_id else 0
+        needed = max(self.sent(drop_id), at_least) if drop_id else 0
 
         def goes_on_here(snapshot: Snapshot) -> bool:
             if drop_id is None:
                 return snapshot.frames_before >= frames_before
-            return snapshot.seqs[drop_id] >= sent
+            return snapshot.seqs[drop_id] >= needed
 
         known = self._snapshots.get(drop_id)
         if known is not None and known.is_fresh and goes_on_here(known):

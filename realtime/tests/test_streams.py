@@ -23,13 +23,14 @@ from django.core.management import CommandError, call_command
 from config.database import read_clock
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from realtime import hub as hub_module
 from realtime import log
 from realtime.asgi import EventStreams
 from realtime.hub import get_hub
 from realtime.limits import open_connections
 from realtime.models import Event
-from realtime.tests.sockets import in_loop
-from realtime.tests.test_hub import drop_with_events
+from realtime.tests.sockets import Socket, in_loop
+from realtime.tests.test_hub import drop_with_events, message
 from tests.hot import Lane, hot_lane
 from tests.identities import bearer, identity_mode
 from tests.servers import WebServer, running_web_servers
@@ -391,6 +392,33 @@ def test_what_is_committed_while_the_past_is_told_comes_once_and_in_order(monkey
     seqs = [int(seq) for seq, _ in told]
     assert seqs == list(range(seqs[0], last + 1))
     assert told[0] == ("1", "STOCK_UPDATED") if query else (str(seqs[0]), "SNAPSHOT")
+
+
+def test_a_state_has_what_was_heard_before_its_stream_came(monkeypatch):
+    monkeypatch.setattr(hub_module, "TURN_SECONDS", 60)
+    monkeypatch.setattr(hub_module, "SNAPSHOT_SECONDS", 60)
+    drop, chunks = drop_with_events(0), asyncio.Queue[bytes]()
+
+    async def send(message: dict[str, Any]) -> None:
+        chunks.put_nowait(message.get("body", b""))
+
+    async def scenario() -> None:
+        first = Socket(f"/ws/drops/{drop.pk}")
+        await first.next()
+        await sync_to_async(update_drop)(drop.pk, name="Ember")
+        await first.next()
+        # Now there is a state of the first event, and the second waits for its turn.
+        await Socket(f"/ws/drops/{drop.pk}").next()
+        await sync_to_async(update_drop)(drop.pk, name="Ash")
+        await get_hub()._take(message(drop, 2, carries_events=False))
+        scope = stream_scope(drop.pk)
+        stream = asyncio.ensure_future(EventStreams(never)(scope, asyncio.Event().wait, send))
+        while b"SNAPSHOT" not in (chunk := await asyncio.wait_for(chunks.get(), 5)):
+            pass
+        assert chunk.startswith(b"id: 2\n")
+        stream.cancel()
+
+    in_loop(scenario)
 
 
 # --- Who does not read ------------------------------------------------------------------
