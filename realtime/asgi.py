@@ -33,7 +33,7 @@ from config.rate_limits import rate_limits
 from realtime import backpressure, log
 from realtime.exceptions import ProcessIsFull, TooManyStreams
 from realtime.frames import EventFrame, Message
-from realtime.hub import get_hub
+from realtime.hub import OUTAGES, get_hub
 from realtime.limits import open_connections
 from realtime.private import end_with
 from users.identity import Identity, identify, refuse_unknown
@@ -231,7 +231,8 @@ class EventStream:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send(send, f"retry: {RETRY_MS}\n\n".encode())
-        with contextlib.suppress(StreamEnd):
+        # An answer that has begun can't become an error; who comes again is told of the outage.
+        with contextlib.suppress(StreamEnd, *OUTAGES):
             seq = await self._tell_past(send)
             while True:
                 seq = await self._tell_next(send, seq)

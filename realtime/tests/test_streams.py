@@ -19,6 +19,7 @@ import httpx
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.management import CommandError, call_command
+from django.db import DatabaseError
 
 from config.database import read_clock
 from drops.services import update_drop
@@ -419,6 +420,30 @@ def test_a_state_has_what_was_heard_before_its_stream_came(monkeypatch):
         stream.cancel()
 
     in_loop(scenario)
+
+
+def test_a_stream_ends_where_the_database_is_away(monkeypatch):
+    drop, messages = drop_with_events(1), []
+
+    def fail(*_: Any) -> Any:
+        raise DatabaseError("gone")
+
+    async def start_nothing(_: Any) -> None:
+        """A hub that is stopped while it connects to Redis takes long."""
+
+    monkeypatch.setattr(log, "missed_events", fail)
+    monkeypatch.setattr(hub_module.Hub, "start", start_nothing)
+
+    async def send(message: dict[str, Any]) -> None:
+        messages.append(message)
+
+    async def scenario() -> None:
+        scope = stream_scope(drop.pk, b"after=0")
+        await asyncio.wait_for(EventStreams(never)(scope, asyncio.Event().wait, send), 5)
+
+    in_loop(scenario)
+    # Else daphne keeps the connection, on which nothing more is said.
+    assert (messages[0]["status"], messages[-1]["more_body"]) == (200, False)
 
 
 # --- Who does not read ------------------------------------------------------------------
