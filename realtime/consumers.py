@@ -231,8 +231,11 @@ class DropConsumer(Consumer):
         if message["action"] == "unsubscribe":
             self.watched.discard(drop_id)
             self.hub.unwatch(self, drop_id)
-            if self.outbox is not None:
-                self.outbox.discard(drop_id)
+            # Who watches all goes on to get it, after what it has.
+            if not self.is_watching_all:
+                self.ahead.pop(drop_id, None)
+                if self.outbox is not None:
+                    self.outbox.discard(drop_id)
             return None
         if drop_id not in self.watched and len(self.watched) >= settings.SOCKET_SUBSCRIPTIONS:
             raise Closing(TOO_MANY_SUBSCRIPTIONS, "too many subscriptions")

@@ -26,6 +26,7 @@ from purchases.services import purchase
 from realtime import consumers, log
 from realtime import hub as hub_module
 from realtime import private as private_news
+from realtime.frames import pong_frame
 from realtime.limits import open_connections
 from realtime.models import Event, SocketTicket
 from realtime.tests.sockets import Socket, in_loop
@@ -527,6 +528,22 @@ def test_an_address_and_a_process_have_room_for_so_many_sockets(settings):
     in_loop(scenario)
 
 
+def test_what_is_not_watched_any_more_is_not_remembered():
+    first, second = drop_with_events(0), drop_with_events(0)
+
+    async def scenario() -> None:
+        socket = await following(f"/ws/drops/{first.pk}", is_direct=True)
+        for action in ("subscribe", "unsubscribe"):
+            await socket.say({"action": action, "dropId": str(second.pk)})
+        assert (await socket.next())["type"] == "SNAPSHOT"
+        await socket.say({"action": "ping"})
+        assert (await socket.next())["type"] == "PONG"
+        (consumer,) = hub_module.get_hub()._watching[str(first.pk)]
+        assert consumer.ahead.keys() == {str(first.pk)}
+
+    in_loop(scenario)
+
+
 # --- Clients that don't read ------------------------------------------------------------
 
 
@@ -579,6 +596,31 @@ def test_who_reads_again_learns_of_a_new_drop_before_its_newest_stock():
             *(("PURCHASE_COMPLETED", seq - 1, seq) for seq in range(11, 30)),
             (STOCK, 29, 30),
         ]
+
+    in_loop(scenario)
+
+
+def test_who_watches_all_drops_loses_nothing_by_unsubscribing_from_one(monkeypatch):
+    drop, is_handled = drop_with_events(0), asyncio.Event()
+
+    def answer_ping() -> str:
+        is_handled.set()
+        return pong_frame()
+
+    monkeypatch.setattr(consumers, "pong_frame", answer_ping)
+
+    async def scenario() -> None:
+        slow, quick = [await following("/ws/drops") for _ in range(2)]
+        slow.reads.clear()
+        for seq in (1, 2):
+            await hub_module.get_hub()._take(message(drop, seq))
+            await quick.up_to(seq)
+        await slow.say({"action": "unsubscribe", "dropId": str(drop.pk)})
+        await slow.say({"action": "ping"})
+        await is_handled.wait()
+        slow.reads.set()
+        # The first was already on its way.
+        assert [(await slow.next()).get("seq") for _ in range(3)] == [1, None, 2]
 
     in_loop(scenario)
 
