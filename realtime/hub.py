@@ -165,10 +165,13 @@ class Hub:
         """
         if self._started is None:
             self._started = asyncio.ensure_future(self._start())
+        started = self._started
         try:
-            await asyncio.shield(self._started)
+            await asyncio.shield(started)
         except OUTAGES:
-            self._started = None
+            # Somebody who heard of it earlier may have begun anew.
+            if self._started is started:
+                self._started = None
             raise
 
     def start_soon(self) -> None:

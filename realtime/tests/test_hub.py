@@ -534,6 +534,30 @@ def test_a_start_that_fails_can_be_repeated(monkeypatch):
     asyncio.run(scenario())
 
 
+def test_who_hears_late_of_a_start_that_failed_does_not_undo_the_next():
+    starts = []
+
+    class StartingHub(Hub):
+        async def _start(self) -> None:
+            starts.append(self)
+            if len(starts) == 1:
+                raise DatabaseError("gone")
+
+    async def scenario() -> None:
+        hub = StartingHub()
+
+        async def start_in_two_attempts() -> None:
+            with pytest.raises(DatabaseError):
+                await hub.start()
+            await hub.start()
+
+        # The second hears of the failure when the first has begun anew.
+        await asyncio.gather(start_in_two_attempts(), start_in_two_attempts())
+
+    asyncio.run(scenario())
+    assert len(starts) == 2
+
+
 def test_each_event_loop_has_one_hub():
     async def scenario() -> Hub:
         assert get_hub() is get_hub()
