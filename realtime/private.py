@@ -108,7 +108,8 @@ class PrivateNews:
     async def tell_forever(self) -> None:
         while True:
             pause = SHORTEST_PAUSE_SECONDS
-            if self._sockets:
+            # Once more when the last has left: what is known of its user is forgotten then.
+            if self._sockets or self._left:
                 began = time.monotonic()
                 try:
                     await self._look()

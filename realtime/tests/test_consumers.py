@@ -1012,6 +1012,28 @@ def test_that_a_hold_expires_is_told_in_time_also_where_looks_are_rare(monkeypat
     in_loop(scenario)
 
 
+def test_who_has_left_before_anybody_looked_is_forgotten():
+    has_looked = asyncio.Event()
+
+    class News(private_news.PrivateNews):
+        async def _look(self) -> None:
+            await super()._look()
+            has_looked.set()
+
+    async def scenario() -> None:
+        news, user_id, gone = News(), uuid.uuid4(), object()
+        looking = asyncio.ensure_future(news.tell_forever())
+        # It has nothing to look for yet, and waits.
+        await asyncio.sleep(0)
+        news.add(user_id, gone)
+        news.remove(user_id, gone)
+        await asyncio.wait_for(has_looked.wait(), 5)
+        assert not news._new
+        looking.cancel()
+
+    in_loop(scenario)
+
+
 def test_who_comes_back_is_told_of_what_is_held_and_not_of_what_ended_meanwhile():
     user = UserFactory()
     drop, other = DropFactory.create_batch(2)
