@@ -448,6 +448,23 @@ test("asks slowly enough for the server's limit, and for all", async () => {
   ]);
 });
 
+test("has patience while it asks for many drops of which nothing was missed", async () => {
+  const ids = Array.from({ length: 100 }, (_, n) => A.slice(0, -3) + (100 + n));
+  const socket = await open({ drops: ids });
+  socket.say(...ids.map((id) => snapshot(drop(id, 1))));
+  await pass(30_000);
+  socket.say(pong);
+  socket.end(1006);
+  await pass(1000);
+
+  const next = await opened();
+  await pass(21_000);
+  assert.equal(sockets.length, 2);
+  assert.deepEqual(next.sent.at(-1), { action: "ping" });
+  next.say(pong);
+  assert.equal(client.status, "live");
+});
+
 test("watches more and less on the way", async () => {
   const socket = await live(4);
   client.subscribe(B);

@@ -314,6 +314,8 @@ export class DropsClient {
     for (; this.#isOpen && this.#outbox.length && this.#allowance > 0; this.#allowance -= 1) {
       const message = this.#outbox.shift();
       if (message.action === "ping") this.#pingSentAt = Date.now();
+      // What was not missed has no answer, so while many questions are asked nothing may come.
+      if (this.status !== "live") this.#deadline = Math.max(this.#deadline, Date.now() + ANSWER_MS);
       this.#socket.send(JSON.stringify(message));
     }
   }
