@@ -482,6 +482,21 @@ test("watches more and less on the way", async () => {
   ]);
 });
 
+test("resumes from no frame that came before the state", async () => {
+  const socket = await live(4);
+  client.subscribe(B);
+  socket.say(snapshot(drop(B, 2)));
+  client.unsubscribe(B);
+  client.subscribe(B);
+  // Sent before the server heard of either; then the connection is lost.
+  socket.say(stock(B, 3, 2, 1));
+  socket.end(1006);
+  await pass(1000);
+
+  const next = await opened();
+  assert.deepEqual(next.sent[0], { action: "subscribe", dropId: B });
+});
+
 test("connects with the first drop where it had none", async () => {
   client = new DropsClient({ url: "ws://shop.example/ws/drops", drops: [], WebSocket: Socket });
   client.connect();

@@ -341,6 +341,8 @@ export class DropsClient {
     const { dropId, seq, prev = seq - 1 } = frame;
     const known = this.#seqs.get(dropId);
     if (!this.#isWatched(dropId) || seq <= known) return false;
+    // On its way when the drop was left and asked for again: without the state it joins on to nothing.
+    if (this.#wanted && known === undefined) return false;
     if (prev > known) {
       this.#resync(dropId);
       return false;
