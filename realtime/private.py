@@ -166,7 +166,8 @@ class PrivateNews:
                 reservation.status = status
                 self._tell(ENDED[ReservationStatus(status)], rows.now, reservation)
         for pk, hold in rows.holds.items():
-            self._holds.setdefault(pk, hold)
+            # As it is now: somebody may have given it another end.
+            self._holds.setdefault(pk, hold).reservation = hold.reservation
 
     def _tell_new_sockets(self, rows: Rows, new: list[tuple[uuid.UUID, PrivateSocket]]) -> None:
         by_user: dict[uuid.UUID, list[Reservation]] = {}

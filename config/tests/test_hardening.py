@@ -499,10 +499,6 @@ def test_every_handler_masks():
     assert all("secrets" in h["filters"] for h in settings.LOGGING["handlers"].values())
 
 
-# --- Public ids -------------------------------------------------------------------------
-
-
-@pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("path", ["/", "/api/drops", "/admin/"])
 def test_a_host_that_is_none_fills_no_logs(client, caplog, path):
     response = client.get(path, headers={"host": "elsewhere.example.com"})
@@ -511,6 +507,10 @@ def test_a_host_that_is_none_fills_no_logs(client, caplog, path):
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+# --- Public ids -------------------------------------------------------------------------
+
+
+@pytest.mark.django_db(transaction=True)
 def test_opaque_ids_hide_who_bought(client_of, settings):
     settings.PUBLIC_USER_IDS = "opaque"
     drop, user = DropFactory(), UserFactory()

@@ -559,6 +559,8 @@ def test_a_user_is_told_each_thing_once_on_each_socket_wherever_it_is(
         assert [listener.next()["type"] for _ in range(2)] == ["SNAPSHOT", "HOLDS"]
 
     expired, released, bought = (reserve(drop.pk, Claim(user.pk)) for drop in drops)
+    # Until all know the hold with its first end.
+    time.sleep(1.5)
     ends = read_clock() + timedelta(seconds=13)
     Reservation.objects.filter(pk=expired.pk).update(expires_at=ends)
     for listener in listeners:
