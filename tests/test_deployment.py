@@ -20,6 +20,7 @@ import yaml
 from django.conf import settings
 from websockets.sync.client import connect
 
+from config.middleware import content_security_policy
 from config.tests.test_hardening import with_own_secrets
 from deploy import healthcheck
 from deploy.local import Topology, nginx_program, write_nginx_folder
@@ -248,6 +249,9 @@ def test_nginx_answers_for_itself_as_the_application_would(topology):
         assert (away.status_code, away.json()["code"]) == (503, "unavailable")
         assert away.headers["retry-after"] == "1"
         assert away.headers["x-request-id"] == away.json()["request_id"]
+        for answer in (large, away):
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["content-security-policy"] == content_security_policy("/api/")
 
 
 @pytest.mark.slow
