@@ -506,6 +506,17 @@ def a_user_who_was_switched_off(api):
     on_each_busy_call(api, hold.drop, user=hold.user)
 
 
+@answers(201, "unknown_user", "unknown_user", 201)
+def a_user_who_was_switched_off_after_a_claim_with_a_key(api):
+    drop, user = DropFactory(), UserFactory()
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+    User.objects.filter(pk=user.pk).update(is_active=False)
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+    api.reserve(drop, user, {}, Idempotency_Key="order-1")
+    User.objects.filter(pk=user.pk).update(is_active=True)
+    api.reserve(drop, user, None, Idempotency_Key="order-1")
+
+
 @answers("unknown_user", "unknown_user", CREATE_UNKNOWN_USERS=False)
 def an_unknown_user_with_a_key(api):
     drop = DropFactory()

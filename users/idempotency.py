@@ -264,7 +264,7 @@ def prune_keys(limit: int) -> int:
 
 
 def _read_answers(keys: Sequence[Key]) -> dict[tuple[uuid.UUID, str, str], IdempotencyKey]:
-    rows = IdempotencyKey.objects.filter(_are(keys))
+    rows = IdempotencyKey.objects.filter(_are(keys), user__is_active=True)
     return {(row.user_id, row.route, row.key): row for row in rows}
 
 
