@@ -147,6 +147,10 @@ def _answer_keyed(
         with connection.cursor() as cursor:
             cursor.execute(f"SET LOCAL lock_timeout = {SHORT_WAIT_MS}")
     found = zip(keyed, claim_keys(list(keyed.values())), strict=True)
+    if not may_wait:
+        with connection.cursor() as cursor:
+            # That was for the keys: a drop may be locked for longer.
+            cursor.execute("SET LOCAL lock_timeout TO DEFAULT")
     answers: dict[int, Answer | APIException] = {
         index: answer for index, answer in found if answer is not None
     }

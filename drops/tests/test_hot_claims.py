@@ -19,8 +19,9 @@ from reservations import services
 from reservations.asgi import settle_reserves
 from reservations.models import Reservation
 from reservations.services import Claim
-from tests.concurrency import another_session, at_once
+from tests.concurrency import another_session, at_once, blocked
 from tests.hot import Lane, hot_lane
+from users.idempotency import make_key
 from users.identity import Identity
 from users.models import User
 from users.tests.factories import UserFactory
@@ -57,6 +58,11 @@ def test_nobody_waits_for_as_long_as_the_database_hangs(monkeypatch):
 
 def hot_claim(user_id: uuid.UUID) -> HotClaim:
     return HotClaim(Identity(user_id, None), None, Claim(user_id))
+
+
+def keyed_claim(user_id: uuid.UUID) -> HotClaim:
+    key = make_key(user_id, "POST", "/reserve", "one", b"")
+    return HotClaim(Identity(user_id, None), key, Claim(user_id))
 
 
 @pytest.fixture(params=[True, False], ids=["development", "production"])
@@ -196,6 +202,24 @@ def test_a_key_that_stays_in_use_fails_its_request_alone():
     assert Counter(status for status, _ in answers) == {201: 39}
     # Who came before it doesn't wait for it.
     assert max(seconds for _, seconds in answers[:20]) < 1.5
+
+
+def test_claims_with_keys_wait_for_a_locked_drop_as_long_as_others_do():
+    drop, users = DropFactory(), UserFactory.create_batch(2)
+    batch = {drop.pk: [keyed_claim(user.pk) for user in users]}
+    answers: list[Any] = []
+
+    def settle():
+        answers.extend(settle_reserves(batch, wait=Wait.AS_LONG_AS_IT_TAKES)[drop.pk])
+
+    with another_session() as other:
+        other.execute("SELECT FROM drops_drop WHERE id = %s FOR UPDATE", [drop.pk])
+        with blocked(settle):
+            # Far longer than a key in use is waited for.
+            time.sleep(0.3)
+            other.execute("ROLLBACK")
+
+    assert [answer.status for answer in answers] == [201, 201]
 
 
 def test_a_user_who_stays_locked_keeps_up_no_other_drop(settings):
