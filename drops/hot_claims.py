@@ -152,7 +152,7 @@ def _settle(
     """
     requests = [(drop_id, claim) for drop_id, claims in batch.items() for claim in claims]
 
-    def settle(indexes: list[int]) -> list[Any]:
+    def settle(indexes: list[int], by_keys: dict[int, Answer | APIException]) -> list[Any]:
         claims: dict[uuid.UUID, list[Any]] = {}
         identities: dict[uuid.UUID, list[Identity]] = {}
         for index in indexes:
@@ -167,8 +167,13 @@ def _settle(
                     if wait is Wait.NOT
                     else _no_such_drop(identities[drop_id])
                 )
-            if not refuse_new and (new := _new_users(identities, outcomes)):
-                raise NewUsers(new)
+            if not refuse_new:
+                # Who is no user yet got no key either, and was refused for that already.
+                answered = [(requests[index][1].identity, by_keys[index]) for index in by_keys]
+                for drop_id, of_drop in outcomes.items():
+                    answered += zip(identities[drop_id], of_drop, strict=True)
+                if new := _new_users(answered):
+                    raise NewUsers(new)
         # After the commit: the drops are free again.
         answers = {
             drop_id: iter(
@@ -194,14 +199,11 @@ def _settle(
     return {pk: of_drop for pk, of_drop in answers.items() if LEFT_OUT not in of_drop}
 
 
-def _new_users(
-    identities: dict[uuid.UUID, list[Identity]], outcomes: dict[uuid.UUID, list[Any]]
-) -> list[Identity]:
+def _new_users(outcomes: Iterable[tuple[Identity, Any]]) -> list[Identity]:
     """Return who was refused for being no user yet."""
     return [
         identity
-        for drop_id, of_drop in outcomes.items()
-        for identity, outcome in zip(identities[drop_id], of_drop, strict=True)
+        for identity, outcome in outcomes
         if isinstance(outcome, UnknownUser) and not _was_just_made(identity)
     ]
 

@@ -517,6 +517,13 @@ def a_user_who_was_switched_off_after_a_claim_with_a_key(api):
     api.reserve(drop, user, None, Idempotency_Key="order-1")
 
 
+@answers(201, 201, DEBUG=False)
+def a_user_that_nobody_knew_with_a_key(api):
+    drop, newcomer = DropFactory(), uuid.uuid4()
+    api.reserve(drop, newcomer, None, Idempotency_Key="order-1")
+    api.reserve(drop, newcomer, None, Idempotency_Key="order-1")
+
+
 @answers("unknown_user", "unknown_user", CREATE_UNKNOWN_USERS=False)
 def an_unknown_user_with_a_key(api):
     drop = DropFactory()

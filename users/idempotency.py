@@ -112,9 +112,12 @@ def idempotent(action: Callable[..., Response]) -> Callable[..., HttpResponse]:
     return wrapper
 
 
+Settle = Callable[[list[int], dict[int, Answer | APIException]], list[Answer | APIException]]
+
+
 def answer_once(
     keys: Sequence[Key | None],
-    settle: Callable[[list[int]], list[Answer | APIException]],
+    settle: Settle,
     *,
     may_wait: bool = True,
 ) -> list[Answer | APIException]:
@@ -122,7 +125,8 @@ def answer_once(
 
     Args:
         keys: one per request, None for a request without; no key twice.
-        settle: answers the requests with these indexes, in this order.
+        settle: answers the requests with these indexes, in this order; given also what the
+            keys of the others have answered.
         may_wait: for a request with one of the keys that is still in flight.
     Returns:
         One answer or refusal per request.
@@ -132,7 +136,7 @@ def answer_once(
     keyed = {index: key for index, key in enumerate(keys) if key is not None}
     if not keyed:
         # The transaction of ``settle`` itself will do, without a savepoint in another one.
-        return settle(list(range(len(keys))))
+        return settle(list(range(len(keys))), {})
     return _answer_keyed(keyed, len(keys), settle, may_wait)
 
 
@@ -140,7 +144,7 @@ def answer_once(
 def _answer_keyed(
     keyed: dict[int, Key],
     count: int,
-    settle: Callable[[list[int]], list[Answer | APIException]],
+    settle: Settle,
     may_wait: bool,
 ) -> list[Answer | APIException]:
     if not may_wait:
@@ -155,7 +159,7 @@ def _answer_keyed(
         index: answer for index, answer in found if answer is not None
     }
     new = [index for index in range(count) if index not in answers]
-    settled = dict(zip(new, settle(new), strict=True))
+    settled = dict(zip(new, settle(new, answers), strict=True))
     fresh = [(key, settled[index]) for index, key in keyed.items() if index in settled]
     store_answers([(key, answer) for key, answer in fresh if isinstance(answer, Answer)])
     give_back_keys([key for key, answer in fresh if not isinstance(answer, Answer)])

@@ -80,6 +80,17 @@ def test_a_new_user_who_came_first_is_served_first(any_mode):
     assert Reservation.objects.get().user_id == new
 
 
+def test_a_new_user_who_comes_with_a_key_is_served_in_turn(any_mode):
+    drop, known, new = DropFactory(total_stock=1), UserFactory(), uuid.uuid4()
+    batch = {drop.pk: [keyed_claim(new), hot_claim(known.pk)]}
+
+    first, second = settle_reserves(batch, wait=Wait.BRIEFLY)[drop.pk]
+
+    assert (first.status, second.code) == (201, "fully_reserved")
+    (repeated,) = settle_reserves({drop.pk: [keyed_claim(new)]}, wait=Wait.BRIEFLY)[drop.pk]
+    assert (repeated.body, repeated.is_replayed) == (first.body, True)
+
+
 @pytest.mark.parametrize("error", [OperationalError("gone"), IntegrityError("odd")])
 def test_where_new_users_cannot_be_made_nothing_is_committed(any_mode, monkeypatch, error):
     def fail(identities):
