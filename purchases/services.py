@@ -25,7 +25,7 @@ from reservations.exceptions import (
     ReservationRequired,
 )
 from reservations.models import Reservation, ReservationStatus
-from reservations.services import raise_refusal
+from reservations.services import raise_refusal, set_status
 from users.exceptions import UnknownUser
 from users.identity import public_id
 from users.models import User
@@ -292,14 +292,15 @@ def refund(
     purchases = list(paid.select_for_update(no_key=True).order_by("pk"))
     if not purchases:
         return []
-    Purchase.objects.filter(pk__in=[purchase.pk for purchase in purchases]).update(
-        status=PurchaseStatus.REFUNDED
-    )
+    with connection.cursor() as cursor:
+        # As one array: the ORM sends a parameter per id, of which there can't be 65,536.
+        cursor.execute(
+            "UPDATE purchases_purchase SET status = %s WHERE id = ANY(%b::uuid[])",
+            [PurchaseStatus.REFUNDED, [purchase.pk for purchase in purchases]],
+        )
     # Only consumed reservations count against the limit: what each claim reads need not
     # know of refunds.
-    Reservation.objects.filter(pk__in=[purchase.reservation_id for purchase in purchases]).update(
-        status=ReservationStatus.VOIDED
-    )
+    set_status([purchase.reservation_id for purchase in purchases], ReservationStatus.VOIDED)
     units: dict[uuid.UUID, int] = {}
     for purchase in purchases:
         purchase.status = PurchaseStatus.REFUNDED

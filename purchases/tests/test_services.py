@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 from django.db import connection
+from django.db.models import F
 from django.utils import timezone
 
 from drops.exceptions import DropCancelled, DropEnded, DropPaused, format_instant
@@ -31,7 +32,7 @@ from reservations.exceptions import (
 )
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import Claim, expire_due, release, reserve
-from reservations.tests.factories import ReservationFactory
+from reservations.tests.factories import ReservationFactory, hold_all
 from tests.concurrency import at_once
 from tests.queries import statements
 from users.models import User
@@ -517,6 +518,43 @@ def test_all_refunds_of_a_drop_leave_the_books_balanced(restock):
 
     assert stock(drop) == ((10, 9, 0) if restock else (4, 3, 0))
     assert not audit_stock().differences
+
+
+def buy_all_that_is_held(drop):
+    """Quick also for thousands; the drop has one size."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            WITH sold AS (
+                UPDATE reservations_reservation SET status = 'CONSUMED'
+                WHERE drop_id = %s AND status = 'ACTIVE' RETURNING *
+            )
+            INSERT INTO purchases_purchase
+                (id, reservation_id, drop_id, variant_id, user_id, quantity, amount, currency,
+                 status, created_at)
+            SELECT gen_random_uuid(), id, drop_id, variant_id, user_id, quantity,
+                   quantity * unit_price, currency, 'paid', created_at
+            FROM sold
+            """,
+            [drop.pk],
+        )
+        sold = {"sold_stock": F("total_stock") - F("available_stock")}
+        drop.variants.update(**sold)
+        Drop.objects.filter(pk=drop.pk).update(**sold)
+
+
+@pytest.mark.slow
+def test_more_purchases_than_a_statement_has_parameters_are_refunded(db):
+    drop = DropFactory(total_stock=2**16)
+    hold_all(drop)
+    buy_all_that_is_held(drop)
+
+    refunded = refund_all(drop.pk, restock=True, reason="Cancelled", user=UserFactory())
+
+    assert len(refunded) == 2**16
+    assert stock(drop) == (2**16, 2**16, 0)
+    assert Purchase.objects.filter(status="refunded").count() == 2**16
+    assert Reservation.objects.filter(status="VOIDED").count() == 2**16
 
 
 @pytest.mark.django_db(transaction=True)

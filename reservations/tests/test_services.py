@@ -46,7 +46,7 @@ from reservations.services import (
     seconds_until_next_deadline,
     void_reservation,
 )
-from reservations.tests.factories import ReservationFactory
+from reservations.tests.factories import ReservationFactory, hold_all
 from tests.concurrency import another_session, at_once, blocked, lock_timeout
 from tests.queries import statements
 from users.exceptions import UnknownUser
@@ -650,6 +650,17 @@ def test_cancelling_takes_the_same_statements_for_one_hold_and_for_20(db):
         counts.append(len(made))
 
     assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_a_drop_with_more_holds_than_a_statement_has_parameters_is_cancelled(db):
+    drop = DropFactory(total_stock=2**16)
+    hold_all(drop)
+
+    assert cancel_drop(drop.pk) == 2**16
+
+    assert stock(drop) == (2**16, 2**16, 0)
+    assert Reservation.objects.filter(status="VOIDED").count() == 2**16
 
 
 def test_a_drop_is_cancelled_once(db):
