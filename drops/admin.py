@@ -266,6 +266,14 @@ def size_and_stock(variant: Variant) -> str:
 
 
 class DropForm(ServiceForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for field in self.fields.values():
+            # The page says what it was opened with, so that only what was edited is saved: a price
+            # that somebody else has changed meanwhile stays. Not of fields in two parts: a page
+            # that is shown again for a mistake would take what was typed for what was there.
+            field.show_hidden_initial = not isinstance(field, forms.MultiValueField)
+
     def clean_description(self) -> str:
         # Browsers send line breaks as CR LF; what nobody edited must not look changed.
         return self.cleaned_data["description"].replace("\r\n", "\n")

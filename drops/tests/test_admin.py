@@ -1,5 +1,6 @@
 import re
 from datetime import timedelta
+from decimal import Decimal
 
 import pytest
 from django.contrib.admin.models import LogEntry
@@ -33,6 +34,8 @@ def drop_form(drop, **changes):
         "variants-TOTAL_FORMS": 0,
         "variants-INITIAL_FORMS": 0,
     }
+    for name in ("name", "description", "image_url", "price", "max_per_user"):
+        fields[f"initial-{name}"] = fields[name]
     for name in ("starts_at", "ends_at"):
         value = getattr(drop, name)
         fields[f"{name}_0"] = f"{value:%Y-%m-%d}" if value else ""
@@ -139,6 +142,37 @@ def test_saving_an_unchanged_form_announces_nothing(admin_client):
     assert not drop.events.exists()
     before, after = drop, Drop.objects.get(pk=drop.pk)
     assert (after.description, after.starts_at) == (before.description, before.starts_at)
+
+
+def test_an_edit_leaves_alone_what_others_changed_since_the_page_was_opened(admin_client):
+    drop = DropFactory(price="199.00", max_per_user=1, description="Two\nlines")
+    url = reverse("admin:drops_drop_change", args=[drop.pk])
+    opened = admin_client.get(url).content.decode()
+    initial = dict(re.findall(r'name="(initial-[^"]+)" value="([^"]*)"', opened))
+    assert initial["initial-price"] == "199.000"
+    sent = drop_form(drop, name="Tidewalker II", description="Two\r\nlines") | initial
+    update_drop(drop.pk, price=Decimal("249.00"), max_per_user=2, description="One line")
+
+    assert admin_client.post(url, sent | {"initial-description": "Two\r\nlines"}).status_code == 302
+
+    drop.refresh_from_db()
+    assert (drop.name, drop.description) == ("Tidewalker II", "One line")
+    assert (drop.price, drop.max_per_user) == (Decimal(249), 2)
+
+
+def test_an_edit_is_kept_over_a_mistake_in_another_field(admin_client):
+    drop = DropFactory(price="199.00")
+    url = reverse("admin:drops_drop_change", args=[drop.pk])
+    starts_at = {"starts_at_0": "2050-01-01", "starts_at_1": "12:00:00"}
+
+    refused = save_drop(admin_client, drop, price=-1, max_per_user=3, **starts_at)
+    again = re.findall(r'name="(initial-[^"]+)" value="([^"]*)"', refused.content.decode())
+    sent = drop_form(drop, price="99.00", max_per_user=3, **starts_at) | dict(again)
+    assert admin_client.post(url, sent).status_code == 302
+
+    drop.refresh_from_db()
+    assert (drop.price, drop.max_per_user) == (Decimal(99), 3)
+    assert f"{drop.starts_at:%Y-%m-%d %H}" == "2050-01-01 12"
 
 
 def test_stock_and_what_services_keep_cannot_be_written_through_the_form(admin_client):
