@@ -7,7 +7,6 @@ from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import environ
 import jwt
@@ -22,6 +21,8 @@ PUBLIC_KEY_ALGORITHMS = {
     *("ES256", "ES384", "ES512", "EdDSA"),
 }
 SECRET_ALGORITHMS = {"HS256", "HS384", "HS512"}
+# Up to the last @: a password that is not quoted may hold one, or a slash.
+PASSWORD = re.compile(r"(//[^:/@]*:).*@", re.S)
 RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
@@ -202,7 +203,7 @@ def url(name: str, schemes: set[str], parse: Callable[[str], Any]) -> Any:
     """Return ``parse(value)``; the scheme must be one of ``schemes``."""
     value = text(name, "")
     allowed = f"allowed are URLs that start with {' or '.join(f'{s}://' for s in sorted(schemes))}"
-    if urlsplit(value).scheme not in schemes:
+    if value.partition("://")[0].lower() not in schemes:
         raise InvalidSetting(name, without_password(value), allowed)
     try:
         return parse(value)
@@ -211,6 +212,5 @@ def url(name: str, schemes: set[str], parse: Callable[[str], Any]) -> Any:
 
 
 def without_password(value: str) -> str:
-    """Return the URL ``value`` fit for a terminal or a log."""
-    parts = urlsplit(value)
-    return value.replace(f":{parts.password}@", ":***@") if parts.password else value
+    """Return ``value`` fit for a terminal or a log, also where its password makes it no URL."""
+    return PASSWORD.sub(r"\1***@", value)

@@ -134,6 +134,15 @@ UNUSABLE = {
     "no network": ({"TRUSTED_PROXIES": "proxy.internal"}, "TRUSTED_PROXIES"),
     "creators that are nobody": ({"DROP_CREATORS": "root"}, "DROP_CREATORS"),
     "no level of logs": ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL"),
+    # Unless they are quoted, such characters make something else of the URL.
+    "a password with a slash": (
+        {"DATABASE_URL": "postgres://drops:hunter2/@db/drops"},
+        "DATABASE_URL",
+    ),
+    "a password with several": (
+        {"DATABASE_URL": "mysql://drops:@hunter2/?#@db/drops"},
+        "DATABASE_URL",
+    ),
 }
 
 
