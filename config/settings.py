@@ -269,6 +269,8 @@ RATE_LIMITS = {
     "create": rate_limit("create", "30", "120"),
     "socket": rate_limit("socket", "60", "600"),
     "ticket": rate_limit("ticket", "60", "600"),
+    # Attempts at the admin: by the name that they give, whether there is such a user or not.
+    "sign_in": rate_limit("sign_in", "10", "60"),
     # Failures alone: who is not believed has no user.
     "identity": ("", env.rate("RATE_LIMIT_IDENTITY_PER_ADDRESS", "off" if DEBUG else "300/minute")),
 }

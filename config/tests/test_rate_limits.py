@@ -10,6 +10,7 @@ import pytest
 import redis as redis_client
 from channels.db import database_sync_to_async
 from channels.testing import WebsocketCommunicator
+from django.contrib.auth.hashers import make_password
 from django.db import connection
 from limits.storage import RedisStorage
 
@@ -275,6 +276,46 @@ def test_tickets_are_limited(limits, client_of, db):
     assert [answer.status_code for answer in answers] == [201, 201, 429]
     assert answers[0]["RateLimit-Policy"] == '"user";q=2;w=60'
     assert SocketTicket.objects.count() == 2
+
+
+# --- Signing in -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sign_in(client, db):
+    """Return a function that tries a name and a password at the admin."""
+    UserFactory(username="Ada", password=make_password("right"), is_staff=True)
+
+    def attempt(username: str, password: str, address: str = "203.0.113.7"):
+        form = {"username": username, "password": password}
+        return client.post("/admin/login/", form, REMOTE_ADDR=address)
+
+    return attempt
+
+
+def test_nobody_guesses_the_password_of_a_name_for_ever(limits, sign_in, client):
+    limits(user="4/minute")
+
+    # The form takes these for the same name.
+    names = ["Ada", " Ada ", "\uff21da", "Ada"]
+    guessed = [sign_in(name, "wrong").status_code for name in names]
+    refused = sign_in("Ada", "right")
+
+    assert (guessed, refused.status_code) == ([200] * 4, 429)
+    assert 0 < int(refused["Retry-After"]) <= 60
+    assert refused["RateLimit-Policy"] == '"user";q=4;w=60'
+    assert "sessionid" not in client.cookies
+    assert client.get("/admin/login/").status_code == 200
+    assert [sign_in("Grace", "wrong").status_code for _ in range(5)] == [200] * 4 + [429]
+
+
+def test_an_address_tries_so_many_names_and_no_more(limits, sign_in):
+    limits(address="2/minute")
+
+    tried = [sign_in(name, "wrong").status_code for name in ("Grace", "Alan", "Ada")]
+
+    assert tried == [200, 200, 429]
+    assert sign_in("Ada", "right", address="203.0.113.8").status_code == 302
 
 
 # --- Failed identities ------------------------------------------------------------------
