@@ -11,6 +11,8 @@ from servestatic.responders import MissingFileError
 
 from config.problems import problem_response, to_api_exception
 
+# What starts like this is the asking user's alone, errors too: no cache may keep it.
+PRIVATE = ("/api/me", "/api/reservations", "/api/purchases", "/api/ws-ticket")
 USABLE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
@@ -29,6 +31,8 @@ class RequestIdMiddleware:
         response["X-Request-Id"] = request.request_id  # type: ignore[attr-defined]
         for name, value in getattr(request, "rate_limit", ()):
             response[name.decode()] = value.decode()
+        if request.path.startswith(PRIVATE):
+            response["Cache-Control"] = "no-store"
         return response
 
     def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:

@@ -83,6 +83,9 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
         response = super().finalize_response(request, response, *args, **kwargs)
         if self.action not in ("list", "retrieve") or not isinstance(response, Response):
             return response
+        if request.query_params.get("status") == DropStatus.DRAFT:
+            # The only answer that depends on who asks.
+            response["Cache-Control"] = "no-store"
         etag = weak_etag(response.data)
         response["ETag"] = etag
         if is_match(etag, request.headers.get("If-None-Match")):

@@ -203,4 +203,4 @@ class TicketView(APIView):
             "ticket": ticket.value,
             "expires_at": serializers.DateTimeField().to_representation(ticket.expires_at),
         }
-        return Response(answer, status=201, headers={"Cache-Control": "no-store"})
+        return Response(answer, status=201)

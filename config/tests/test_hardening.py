@@ -398,6 +398,30 @@ def test_a_length_of_thousands_of_digits_is_too_large(lane):
         assert (answer.status, answer.json()["code"]) == (413, "body_too_large")
 
 
+async def send_all(application, requests: list[Request]) -> list[Response]:
+    return [await application.send(request) for request in requests]
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+def test_no_cache_keeps_what_is_a_users_alone(lane):
+    user, drop = UserFactory(), DropFactory()
+    hold = reserve(drop.pk, Claim(user.pk))
+    paths = ["me", "reservations", f"reservations/{hold.pk}", "purchases", f"purchases/{hold.pk}"]
+    who = ("X-User-Id", str(user.pk))
+    asked = [Request("GET", f"/api/{path}", headers=(who,)) for path in paths]
+    # The same ticket again, to a repeated request.
+    asked += [Request("POST", "/api/ws-ticket", headers=(who, ("Idempotency-Key", "k")))] * 2
+
+    with lane() as application:
+        private = asyncio.run(send_all(application, asked))
+        public = asyncio.run(application.send(Request("GET", f"/api/drops/{drop.pk}")))
+
+    assert [answer.status for answer in private] == [200, 200, 200, 200, 404, 201, 201]
+    assert [answer.header("cache-control") for answer in private] == ["no-store"] * 7
+    assert (public.status, public.header("cache-control")) == (200, None)
+
+
 # --- Addresses --------------------------------------------------------------------------
 
 

@@ -85,6 +85,18 @@ def test_lists_drafts_to_their_creator_and_to_staff_only(client_of, db):
     assert seen == [1, 0, 1, 0]
 
 
+def test_no_cache_keeps_a_list_of_drafts(client_of, db):
+    client = client_of(DropFactory(draft=True).created_by)
+
+    drafts = client.get("/api/drops", {"status": "draft"})
+    known = client.get("/api/drops", {"status": "draft"}, HTTP_IF_NONE_MATCH=drafts["ETag"])
+    live = client.get("/api/drops")
+
+    assert (drafts["Cache-Control"], known.status_code) == ("no-store", 304)
+    assert known["Cache-Control"] == "no-store"
+    assert "Cache-Control" not in live
+
+
 def test_pages_through_the_list(anybody):
     for number in range(5):
         DropFactory(name=str(number), created_at=timezone.now() + timedelta(seconds=number))
