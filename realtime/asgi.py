@@ -28,6 +28,7 @@ from config.hot_routes import (
     problem_answer,
     read_request,
 )
+from config.origins import may_be_forged
 from config.problems import to_api_exception
 from config.rate_limits import rate_limits
 from realtime import backpressure, log
@@ -97,7 +98,11 @@ async def open_stream(request: HotRequest) -> "EventStream":
     Raises:
         APIException: why there is none.
     """
-    identity = identify(request.asking())
+    asking = request.asking()
+    identity = identify(asking)
+    if may_be_forged(asking.header):
+        # As at sockets: pages of other sites may listen, but not as their visitor.
+        identity = None
     drop_id = parse_uuid(request.args[0])
     if drop_id is None:
         raise NotFound

@@ -338,6 +338,34 @@ def test_a_stream_ends_with_the_identity_that_opened_it(why):
         in_loop(scenario)
 
 
+@pytest.mark.parametrize(
+    ("headers", "is_visitors"),
+    [
+        ({"Origin": "http://testserver"}, True),
+        ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Origin": "https://evil.example.com"}, False),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+    ],
+)
+def test_a_stream_of_a_foreign_page_is_not_its_visitors(settings, headers, is_visitors):
+    settings.DEBUG, settings.IDENTITY_MODE = False, "header"
+    drop, user = drop_with_events(1), UserFactory()
+    opened: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        opened.put_nowait(message)
+
+    async def scenario() -> None:
+        scope = stream_scope(drop.pk, **{"X-User-Id": str(user.pk)} | headers)
+        running = asyncio.ensure_future(EventStreams(never)(scope, asyncio.Event().wait, send))
+        assert (await asyncio.wait_for(opened.get(), 5))["status"] == 200
+        assert (user.pk in get_hub().private._sockets) == is_visitors
+        running.cancel()
+        await asyncio.wait([running])
+
+    in_loop(scenario)
+
+
 def test_a_long_accept_header_counts_as_the_others_do():
     address = f"/api/drops/{drop_with_events(1).pk}/events"
     headers = {"Accept": "text/event-stream".ljust(20_000, ","), "X-Filler": "x" * 15_000}
