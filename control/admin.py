@@ -7,15 +7,18 @@ from typing import Any
 
 from django import forms
 from django.contrib import admin
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.contrib.admin.models import LogEntry
 from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.views.main import ChangeList
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
+from django.core import exceptions
 from django.db import DataError, OperationalError
 from django.db.models import Model, Q, QuerySet
 from django.forms.models import construct_instance
 from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
 from django.urls import reverse
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -44,6 +47,16 @@ class ListAdmin(ModelAdmin):
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
         return super().get_search_results(request, queryset, search_term.replace("\0", ""))
+
+    def response_action(
+        self, request: HttpRequest, queryset: QuerySet[Any]
+    ) -> HttpResponseBase | None:
+        try:
+            for pk in request.POST.getlist(ACTION_CHECKBOX_NAME):
+                self.opts.pk.to_python(pk)
+        except exceptions.ValidationError:
+            raise exceptions.BadRequest("What was selected is no row's id.") from None
+        return super().response_action(request, queryset)
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         # An address fills in no form: its texts are no times, and nobody asked for them.

@@ -1,10 +1,12 @@
 """What may be typed, followed or sent to the admin: never an error of the server."""
 
 import pytest
+from django.contrib.auth.models import Group
 from django.contrib.contenttypes.models import ContentType
 from django.urls import reverse
 
 from drops.models import Drop
+from users.models import User
 
 CREATORS = "app_label=drops&model_name=drop&field_name=created_by"
 
@@ -45,6 +47,17 @@ def test_a_page_that_is_none_is_no_error(admin_client, address, status):
     drops = ContentType.objects.get_for_model(Drop).pk
 
     assert admin_client.get(address.format(drops=drops)).status_code == status
+
+
+@pytest.mark.parametrize("rows", ["users_user", "auth_group"])
+@pytest.mark.parametrize("pk", ["x", "\0", "9" * 5000])
+def test_an_id_that_is_none_is_refused_and_nothing_deleted(admin_client, rows, pk):
+    address = reverse(f"admin:{rows}_changelist")
+    chosen = {"action": "delete_selected", "_selected_action": [pk], "post": "yes"}
+    before = User.objects.count(), Group.objects.count()
+
+    assert admin_client.post(address, chosen).status_code == 400
+    assert (User.objects.count(), Group.objects.count()) == before
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "multipart/form-data"])
