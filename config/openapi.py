@@ -1,18 +1,25 @@
 """Describe the API's errors, headers and examples in the OpenAPI document."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from django.conf import settings
+from django.http import HttpResponse
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
+from drf_spectacular.generators import SchemaGenerator
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
     OpenApiExample,
     OpenApiParameter,
     OpenApiResponse,
+    extend_schema,
     inline_serializer,
 )
+from drf_spectacular.views import SpectacularAPIView
 from rest_framework import serializers
+from rest_framework.renderers import BaseRenderer
+from rest_framework.request import Request
 
 from config.problems import CONTENT_TYPE
 
@@ -142,6 +149,27 @@ def problem_examples(codes: Iterable[str]) -> list[OpenApiExample]:
 def without_last_slash(endpoints: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Name each address as the documentation does; the slash at its end is optional."""
     return [(path.rstrip("/"), *rest) for path, *rest in endpoints]
+
+
+class SchemaView(SpectacularAPIView):
+    """The document: the same for everybody, whatever the address asks for beside its format."""
+
+    @extend_schema(exclude=True)
+    def get(self, request: Request) -> HttpResponse:
+        renderer: Any = type(request.accepted_renderer)
+        charset = f"; charset={renderer.charset}" if renderer.charset else ""
+        filename = f"{settings.SPECTACULAR_SETTINGS['TITLE']}.{renderer.format}"
+        return HttpResponse(
+            rendered_schema(renderer),
+            content_type=f"{renderer.media_type}{charset}",
+            headers={"Content-Disposition": f'inline; filename="{filename}"'},
+        )
+
+
+# Made anew it takes a tenth of a second, and anybody may ask for it.
+@cache
+def rendered_schema(renderer: type[BaseRenderer]) -> str | bytes:
+    return renderer().render(SchemaGenerator().get_schema(public=True))
 
 
 class IdentityScheme(OpenApiAuthenticationExtension):

@@ -7,13 +7,13 @@ from django.urls import URLPattern, URLResolver, include, path, re_path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 from drf_spectacular.views import (
-    SpectacularAPIView,
     SpectacularRedocView,
     SpectacularSwaggerSplitView,
 )
 from rest_framework.exceptions import APIException, MethodNotAllowed, NotFound, ParseError
 from rest_framework.permissions import SAFE_METHODS
 
+from config.openapi import SchemaView
 from config.problems import InternalError, problem_response
 from operations.exposition import metrics_view
 from operations.health import healthz, readyz
@@ -63,7 +63,7 @@ api: list[URLPattern | URLResolver] = [
     path("", include("purchases.urls")),
     path("", include("users.urls")),
     path("", include("realtime.urls")),
-    re_path(r"^schema/?$", SpectacularAPIView.as_view(), name="schema"),
+    re_path(r"^schema/?$", SchemaView.as_view(), name="schema"),
     # Their templates have nothing to say to OPTIONS; the one of the docs fails.
     re_path(
         r"^docs/?$",

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from django.test import override_settings
 
+from config.openapi import rendered_schema
 from users import tokens
 
 SECRETS = ["first-secret-of-the-gateway-0123456789", "second-secret-of-the-gateway-987654321"]
@@ -53,10 +54,16 @@ def mode_settings(mode: str) -> dict[str, Any]:
 
 @contextmanager
 def identity_mode(mode: str, **changes: Any) -> Iterator[None]:
-    tokens.forget_verified()
+    forget_the_mode()
     with override_settings(**mode_settings(mode) | changes):
         yield
+    forget_the_mode()
+
+
+def forget_the_mode() -> None:
+    """Forget what a process remembers for good: its mode doesn't change while it runs."""
     tokens.forget_verified()
+    rendered_schema.cache_clear()
 
 
 def signed(

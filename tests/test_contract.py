@@ -552,6 +552,19 @@ def test_the_document_is_valid_without_a_warning(tmp_path):
     assert (tmp_path / "api.yaml").read_text().startswith("openapi: 3.")
 
 
+@pytest.mark.parametrize("query", ["", "?version=%0a", "?version=2&lang=de", "?format=json"])
+def test_the_document_is_made_once_whatever_is_asked_for(client_of, db, query, monkeypatch):
+    first = client_of().get(f"/api/schema{query}")
+    monkeypatch.setattr(SchemaGenerator, "get_schema", None)
+
+    again = client_of().get(f"/api/schema{query}")
+
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again["Content-Type"].startswith("application/vnd.oai.openapi")
+    suffix = "json" if "json" in query else "yaml"
+    assert again["Content-Disposition"] == f'inline; filename="Sneaker drops.{suffix}"'
+
+
 def test_the_document_has_every_call(schema):
     assert operations(schema).keys() == CALLS
 
