@@ -482,6 +482,54 @@ test("watches more and less on the way", async () => {
   ]);
 });
 
+test("stays closed when who hears that the connection is lost closes it", async () => {
+  const socket = await live();
+  const stop = client.on("status", () => {
+    stop();
+    client.close();
+  });
+
+  socket.end(1006);
+  await pass(60_000);
+
+  assert.equal(sockets.length, 1);
+  assert.equal(client.status, "offline");
+});
+
+test("asks for a drop that was left and wanted again while it connected", async () => {
+  let socket = await live(4, { drops: [A, B] });
+  socket.end(1006);
+  await pass(1000);
+  assert.match(sockets[1].url, /since=4$/);
+
+  client.unsubscribe(A);
+  client.subscribe(A);
+  socket = await opened();
+
+  assert.deepEqual(socket.sent, [
+    { action: "subscribe", dropId: B },
+    { action: "subscribe", dropId: A },
+    { action: "ping" },
+  ]);
+  socket.say(snapshot(drop(A, 5)));
+  assert.equal(client.drops.get(A).seq, 5);
+});
+
+test("leaves a drop that was not wanted any more once it had connected", async () => {
+  await live(4, { drops: [A, B] });
+  sockets[0].end(1006);
+  await pass(1000);
+
+  client.unsubscribe(A);
+  const socket = await opened();
+
+  assert.deepEqual(socket.sent, [
+    { action: "unsubscribe", dropId: A },
+    { action: "subscribe", dropId: B },
+    { action: "ping" },
+  ]);
+});
+
 test("resumes from no frame that came before the state", async () => {
   const socket = await live(4);
   client.subscribe(B);

@@ -191,7 +191,8 @@ export class DropsClient {
     }
     this.#socket = socket;
     this.#isFirstSnapshot = true;
-    socket.onopen = this.#now(() => this.#greet(first));
+    const since = this.#seqs.get(first);
+    socket.onopen = this.#now(() => this.#greet(first, since));
     socket.onmessage = this.#now(({ data }) => this.#hear(data));
     socket.onclose = this.#now(({ code, reason }) => this.#lose(code, reason));
   }
@@ -212,9 +213,14 @@ export class DropsClient {
   }
 
   /** Ask for what the address doesn't; the answer to the last question says: all is here. */
-  #greet(first) {
+  #greet(first, since) {
     this.#isOpen = true;
-    for (const id of this.#wanted ?? []) if (id !== first) this.#askFor(id);
+    // The address's drop may have been left meanwhile, and even be wanted again, from its state on.
+    const isLeft = first && !this.#wanted.has(first);
+    if (isLeft) this.#send({ action: "unsubscribe", dropId: first });
+    for (const id of this.#wanted ?? []) {
+      if (id !== first || this.#seqs.get(id) !== since) this.#askFor(id);
+    }
     this.#ping();
   }
 
@@ -245,9 +251,10 @@ export class DropsClient {
   /** Try again after a random part of a time that doubles ("full jitter"), plus `extra` ms. */
   #retry(extra, limit = LONGEST_RETRY_MS) {
     this.#abandon();
-    this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
     const longest = Math.min(limit, FIRST_RETRY_MS * 2 ** this.#attempt++);
     this.#retryTimer = setTimeout(() => this.#open(), extra + Math.random() * longest);
+    // Last, because whoever hears it may close the client.
+    this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
   }
 
   /** Leave the connection, or the attempt at one, without a word. */
@@ -280,10 +287,11 @@ export class DropsClient {
       return;
     }
     if (this.#wanted?.size === 0) return;
-    this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
     // A worker has no document.
     const isHidden = globalThis.document?.visibilityState === "hidden";
-    if (this.#socket || isWithoutNetwork() || isHidden) return;
+    if (this.#socket || isWithoutNetwork() || isHidden) {
+      return this.#setStatus(isWithoutNetwork() ? "offline" : "reconnecting");
+    }
     this.#attempt = 0;
     this.#retry(0);
   };
