@@ -530,6 +530,34 @@ test("leaves a drop that was not wanted any more once it had connected", async (
   ]);
 });
 
+/** Set the clock of the computer, which timers don't go by. */
+function setClockBack(ms) {
+  const now = Date.now;
+  mock.method(Date, "now", () => now() - ms);
+}
+
+test("notices that the computer's clock was set", async () => {
+  const socket = await live(4);
+  await pass(1000);
+  setClockBack(3_600_000);
+
+  socket.say({ ...heartbeat({ [A]: 4 }), ts: at(1000) });
+  assert.deepEqual(socket.sent, [{ action: "ping" }]);
+  mock.timers.tick(500);
+  socket.say({ ...pong, ts: at(1250) });
+
+  assert.equal(client.serverNow(), START + 1500);
+});
+
+test("a clock that was set back hides no silence", async () => {
+  await live(4);
+  setClockBack(3_600_000);
+
+  await pass(39_000);
+
+  assert.equal(client.status, "reconnecting");
+});
+
 test("resumes from no frame that came before the state", async () => {
   const socket = await live(4);
   client.subscribe(B);

@@ -67,6 +67,8 @@ const TICK_MS = 1_000;
 // The server allows 10 in a second; two ticks may fall into one.
 const MESSAGES_PER_TICK = 5;
 const CLOCK_SAMPLE_MS = 300_000;
+// A heartbeat is on its way for a moment. Further off, the computer's clock was set.
+const CLOCK_JUMP_MS = 5_000;
 
 const SERVICE_RESTART = 1012;
 const BAD_TICKET = 4401;
@@ -225,10 +227,10 @@ export class DropsClient {
   }
 
   #hear(text) {
-    this.#deadline = Date.now() + this.#options.heartbeatSeconds * 2500;
+    this.#deadline = Date.now() + this.#patience();
     const frame = JSON.parse(text);
     if (frame.type === "SNAPSHOT") this.#takeSnapshot(frame);
-    else if (frame.type === "HEARTBEAT") this.#compare(frame.data.seqs);
+    else if (frame.type === "HEARTBEAT") this.#takeHeartbeat(frame);
     else if (frame.type === "PONG") this.#takePong(frame);
     else if (frame.seq !== undefined && !this.#apply(frame)) return;
     this.#emit(frame.type, frame);
@@ -276,7 +278,14 @@ export class DropsClient {
   #tick() {
     this.#allowance = MESSAGES_PER_TICK;
     this.#flush();
+    // A clock that is set back must not prolong the silence.
+    const latest = Date.now() + Math.max(this.#patience(), ANSWER_MS);
+    if (this.#deadline < Infinity) this.#deadline = Math.min(this.#deadline, latest);
     if (Date.now() > this.#deadline) this.#lose(0, "silence");
+  }
+
+  #patience() {
+    return this.#options.heartbeatSeconds * 2500;
   }
 
   /** The network or the page's visibility has changed: find out now how things are. */
@@ -375,6 +384,13 @@ export class DropsClient {
   #settle(id) {
     clearTimeout(this.#resyncing.get(id));
     this.#resyncing.delete(id);
+  }
+
+  #takeHeartbeat(frame) {
+    this.#compare(frame.data.seqs);
+    if (Math.abs(Date.parse(frame.ts) - this.serverNow()) < CLOCK_JUMP_MS) return;
+    this.#clock.roundTrip = Infinity;
+    this.#ping();
   }
 
   #compare(seqs) {
