@@ -120,6 +120,7 @@ def test_the_dashboard_moves_with_the_stream(open_page, clerk):
     purchase(drop.pk, buyer.pk)
     expect(row.locator("[data-sold-text]")).to_have_text("3")
     expect(row.locator("[data-held-text]")).to_have_text("0")
+    assert row.locator("[data-sold]").evaluate("part => part.style.width") == "30%"
     expect(page.locator("#purchases li").first).to_contain_text("grace")
     expect(page.locator("#tile-rate")).to_have_text("0.3")
     expect(page.locator("#tile-lag")).to_have_text(re.compile(r"\d"))

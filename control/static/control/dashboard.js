@@ -194,6 +194,10 @@ function share(part, whole) {
   return whole ? `${Math.round((part / whole) * 100)}\u00a0%` : "0\u00a0%";
 }
 
+function width(part, whole) {
+  return `${whole ? Math.max(0, (part / whole) * 100) : 0}%`;
+}
+
 /** What moves with the time alone. */
 function drawMoving() {
   const to = now();
@@ -252,8 +256,8 @@ function fillRow(row, drop) {
   put("data-through", `${share(drop.sold, drop.total)} sold through`);
   const bar = row.querySelector("[data-bar]");
   bar.setAttribute("aria-label", `${drop.sold} sold, ${held} held, of ${drop.total}`);
-  row.querySelector("[data-sold]").style.width = share(drop.sold, drop.total).replace(" ", "");
-  row.querySelector("[data-held]").style.width = share(held, drop.total).replace(" ", "");
+  row.querySelector("[data-sold]").style.width = width(drop.sold, drop.total);
+  row.querySelector("[data-held]").style.width = width(held, drop.total);
   const action = row.querySelector("[data-action]");
   if (action) {
     const [name, title] = drop.status === "paused" ? ["resume", "Resume"] : ["pause", "Pause"];
