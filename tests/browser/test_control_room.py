@@ -1,10 +1,13 @@
 """Staff run a drop in the admin, in a real browser."""
 
+import json
 import re
+from datetime import timedelta
 
 import httpx
 import pytest
 from django.contrib.admin.models import LogEntry
+from django.utils import timezone
 from playwright.sync_api import expect
 
 from drops.models import Drop, StockAdjustment
@@ -15,6 +18,7 @@ from purchases.models import Purchase
 from purchases.services import purchase, refund_purchase
 from reservations.models import Reservation
 from reservations.services import Claim, reserve
+from tests.browser.conftest import PATIENCE_MS
 from users.tests.factories import UserFactory
 
 pytestmark = pytest.mark.browser
@@ -133,6 +137,40 @@ def test_the_dashboard_moves_with_the_stream(open_page, clerk):
     update_drop(drop.pk, status="paused")
     expect(row.locator("[data-status]")).to_have_text("Paused")
     expect(row.locator("[data-action]")).to_have_text("Resume")
+
+
+def test_the_dashboard_takes_up_a_drop_that_was_over(open_page, clerk):
+    drop = DropFactory(name="Comet", total_stock=4)
+    buyer = UserFactory()
+    reserve(drop.pk, Claim(buyer.pk))
+    purchase(drop.pk, buyer.pk)
+    update_drop(drop.pk, ends_at=timezone.now() - timedelta(minutes=1))
+    page = open_page("/admin/", clerk)
+    expect(page.locator("#connection")).to_have_text("Live")
+    expect(page.locator("#tile-sockets")).to_have_text("1")
+    expect(page.locator("#no-drops")).to_be_visible()
+
+    update_drop(drop.pk, ends_at=None)
+
+    row = page.locator(f"[data-id='{drop.pk}']")
+    expect(row.locator("[data-sold-text]")).to_have_text("1")
+    expect(row.locator("[data-available-text]")).to_have_text("3")
+
+
+def test_the_dashboard_says_that_it_hears_no_pulse(open_page, clerk):
+    page = open_page("/", clerk)
+    pulses = [{"type": "PULSE", "data": {"oldestOverdueSeconds": 0, "sockets": 7}}]
+    # Only the first socket says something, and none ends.
+    page.route_web_socket(
+        "**/ws/control", lambda socket: pulses and socket.send(json.dumps(pulses.pop()))
+    )
+    page.goto("/admin/")
+    expect(page.locator("#tile-sockets")).to_have_text("7")
+    expect(page.locator("#note-overdue")).to_have_text("holds end on time")
+
+    expect(page.locator("#tile-sockets")).to_have_text("–", timeout=PATIENCE_MS)
+    expect(page.locator("#tile-overdue")).to_have_text("–")
+    expect(page.locator("#note-overdue")).to_have_text("not known right now")
 
 
 def test_no_page_has_a_serious_accessibility_fault(open_page, clerk, serious_faults):

@@ -15,6 +15,8 @@ const SHORTEST_SECONDS = 20;
 const RATE_SECONDS = 10;
 const MOST_PURCHASES = 12;
 const PULSE_RETRY_MS = 3_000;
+// It comes every two seconds; without it nothing is known any more.
+const PULSE_SILENCE_MS = 7_000;
 const ON_SALE = new Set(["live", "paused"]);
 const STATUS_WORDS = {
   scheduled: "Scheduled",
@@ -94,9 +96,11 @@ function takeDrop(drop, frame) {
   let known = drops.get(drop.id);
   if (known && drop.seq < known.seq) return;
   if (!known) {
-    // A snapshot doesn't tell what was sold; the figures that are read after it do.
+    // A snapshot doesn't tell what was sold; the figures that are read after it do. Of a drop
+    // that was over before, no snapshot comes.
     known = { id: drop.id, sold: frame.type === "DROP_CREATED" ? 0 : null };
     drops.set(drop.id, known);
+    if (frame.type === "DROP_UPDATED") readFigures();
   }
   Object.assign(known, {
     name: drop.name,
@@ -124,25 +128,45 @@ for (const type of ["DROP_CREATED", "DROP_UPDATED", "STOCK_UPDATED", "ACTIVITY_U
   client.on(type, noteLag);
 }
 
-client.on("SNAPSHOT", async () => {
+client.on("SNAPSHOT", readFigures);
+
+async function readFigures() {
   const answer = await fetch(room.dataset.figuresUrl, { headers: { Accept: "application/json" } });
   if (answer.ok) takeFigures(await answer.json());
-});
+}
 
 // --- The pulse --------------------------------------------------------------------------
 
 function followPulse() {
   const address = `${location.protocol.replace("http", "ws")}//${location.host}/ws/control`;
   const socket = new WebSocket(address);
+  let silence = setTimeout(hearNothing, PULSE_SILENCE_MS);
   socket.onmessage = ({ data }) => {
+    clearTimeout(silence);
+    silence = setTimeout(hearNothing, PULSE_SILENCE_MS);
     const { data: pulse } = JSON.parse(data);
     showOverdue(pulse.oldestOverdueSeconds);
     element("tile-sockets").textContent = pulse.sockets?.toLocaleString("en") ?? "–";
   };
   socket.onclose = () => {
-    element("tile-sockets").textContent = "–";
+    clearTimeout(silence);
+    forgetPulse();
     setTimeout(followPulse, PULSE_RETRY_MS);
   };
+
+  function hearNothing() {
+    forgetPulse();
+    // Its end may never be told where the network is gone, so it is left at once.
+    socket.onmessage = socket.onclose = null;
+    socket.close();
+    followPulse();
+  }
+}
+
+function forgetPulse() {
+  for (const tile of ["tile-sockets", "tile-overdue"]) element(tile).textContent = "–";
+  element("tile-overdue").classList.remove("is-alarming");
+  element("note-overdue").textContent = "not known right now";
 }
 
 function showOverdue(seconds) {
@@ -175,7 +199,7 @@ function drawSoon() {
 }
 
 function draw() {
-  const all = [...drops.values()];
+  const all = [...drops.values()].filter((drop) => drop.sold !== null);
   const onSale = all.filter((drop) => ON_SALE.has(drop.status));
   const sum = (name) => onSale.reduce((units, drop) => units + drop[name], 0);
   const [total, sold, available] = ["total", "sold", "available"].map(sum);
