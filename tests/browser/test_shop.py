@@ -5,6 +5,7 @@ import re
 import signal
 import uuid
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ from drops.tests.factories import DropFactory
 from purchases.models import Purchase
 from purchases.services import purchase
 from reservations.models import Reservation
-from reservations.services import Claim, reserve
+from reservations.services import Claim, reserve, void_reservation
 from tests.browser.conftest import DESKTOP, PATIENCE_MS, PHONE
 from tests.servers import Process, WebServer, running_web_servers
 from users.tests.factories import UserFactory
@@ -144,6 +145,24 @@ def test_a_second_size_is_refused_with_what_to_do(browser, open_page, site):
     expect(phone.locator("#problem")).to_contain_text("You hold another size", timeout=PATIENCE_MS)
     expect(phone.locator("#hold-what")).to_have_text("2 × EU 42 for 398.00 USD")
     assert Reservation.objects.active().get().variant.label == "EU 42"
+
+
+def test_a_hold_keeps_its_price_and_its_end_the_focus(open_page, site):
+    drop = DropFactory()
+    page = open_page(f"/drops/{drop.pk}", **known_as("mara", site))
+    wait_until_live(page)
+    page.get_by_role("button", name="Reserve").click()
+    expect(page.locator("#buy")).to_have_text("Buy for 199.00 USD")
+
+    update_drop(drop.pk, price=Decimal("249.00"))
+    expect(page.locator("#amount")).to_have_text("249.00")
+    expect(page.locator("#buy")).to_have_text("Buy for 199.00 USD")
+    expect(page.locator("#hold-what")).to_contain_text("for 199.00 USD")
+
+    page.locator("#buy").focus()
+    void_reservation(Reservation.objects.get().pk)
+    expect(headline(page)).to_have_text("The shop took your hold back")
+    expect(headline(page)).to_be_focused()
 
 
 def test_a_drop_starts_pauses_and_sells_out_while_looking(open_page, site):

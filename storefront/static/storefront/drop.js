@@ -292,7 +292,7 @@ function buttonText(state, now, variant) {
 
 function showHold(hold, now) {
   const isOver = ["ended", "cancelled"].includes(stateOf(drop, now));
-  element("hold").hidden = !hold || isOver;
+  hide(element("hold"), !hold || isOver);
   if (!hold) {
     document.title = title;
     return;
@@ -309,15 +309,21 @@ function showHold(hold, now) {
   document.title = `${countdown(left)} · ${drop.name}`;
 }
 
+/** Lead who was on a button of what goes on to what came of it. */
+function hide(target, isHidden) {
+  if (isHidden && target.contains(document.activeElement)) element("headline").focus();
+  target.hidden = isHidden;
+}
+
 function what({ variantId, quantity }) {
   const label = drop.variants.find((variant) => variant.id === variantId)?.label ?? "";
   return `${quantity} × ${label}`;
 }
 
-/** The price of a hold, in the currency's own decimals. */
-function amount({ quantity }) {
-  const decimals = drop.price.split(".")[1]?.length ?? 0;
-  return `${(Number(drop.price) * quantity).toFixed(decimals)} ${drop.currency}`;
+/** The price of a hold, in the currency's own decimals; a later change of the drop's is not its. */
+function amount({ quantity, unitPrice, currency }) {
+  const decimals = unitPrice.split(".")[1]?.length ?? 0;
+  return `${(Number(unitPrice) * quantity).toFixed(decimals)} ${currency}`;
 }
 
 function showWords(situation, now) {
@@ -344,7 +350,7 @@ function showWords(situation, now) {
   put(element("detail"), fill(text.detail, values));
   page.querySelector(".deal").dataset.situation = situation;
   const isOver = OVER.includes(situation) || OVER.includes(stateOf(drop, now)) || unitsLeft() <= 0;
-  form.hidden = Boolean(hold) || isOver;
+  hide(form, Boolean(hold) || isOver);
   element("elsewhere").hidden = Boolean(hold) || !isOver;
   const own = me.bought(id);
   const isSaid = ["bought", "limit_reached"].includes(situation);

@@ -13,8 +13,8 @@ const windows = new BroadcastChannel("sneaker-drops.me");
 
 /**
  * @typedef {{
- *   id: string, dropId: string, variantId: string, quantity: number, expiresAt: number,
- *   createdAt: number, dropName?: string,
+ *   id: string, dropId: string, variantId: string, quantity: number, unitPrice: string,
+ *   currency: string, expiresAt: number, createdAt: number, dropName?: string,
  * }} Hold  times in ms since 1970, by the server's clock
  */
 
@@ -131,6 +131,8 @@ function toHold(row) {
     dropId: row.drop_id,
     variantId: row.variant_id,
     quantity: row.quantity,
+    unitPrice: row.unit_price,
+    currency: row.currency,
     expiresAt: Date.parse(row.expires_at),
     createdAt: Date.parse(row.created_at),
     dropName: row.drop?.name,
