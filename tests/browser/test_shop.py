@@ -165,6 +165,20 @@ def test_a_hold_keeps_its_price_and_its_end_the_focus(open_page, site):
     expect(headline(page)).to_be_focused()
 
 
+def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
+    drop = DropFactory()
+    page = open_page("/", **known_as("mara", site))
+    page.add_init_script("const now = Date.now; Date.now = () => now() + 600_000;")
+    # Without a connection the page can't learn the true time.
+    page.route_web_socket("**/ws/drops/**", lambda socket: None)
+    page.goto(f"/drops/{drop.pk}")
+
+    page.get_by_role("button", name="Reserve").click()
+    page.get_by_role("button", name="Buy for 199.00 USD").click()
+
+    expect(headline(page)).to_have_text("It's yours")
+
+
 def test_a_drop_starts_pauses_and_sells_out_while_looking(open_page, site):
     lists = open_page("/")
     wait_until_live(lists)

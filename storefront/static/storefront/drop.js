@@ -218,8 +218,10 @@ function showDrop() {
 /** Bring the page in line with what is known; may be called at any time. */
 function render(now) {
   const hold = me.holds.get(id);
-  // Nobody has to tell: the deadline is known. Ends here again, with the outcome.
-  if (hold && hold.expiresAt <= now && !isBusy) return me.expire(hold);
+  // Nobody has to tell: the deadline is known, and the true time with the drop's first state.
+  // Ends here again, with the outcome.
+  const isDue = hold && hold.expiresAt <= now && client.drops.has(id);
+  if (isDue && !isBusy) return me.expire(hold);
   const variant = chosen();
   askHolds(now, variant);
   showState(page, element("label"), drop, now);
