@@ -179,6 +179,20 @@ def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     expect(headline(page)).to_have_text("It's yours")
 
 
+def test_naming_oneself_twice_makes_one_visitor(open_page, site):
+    page = open_page(f"/drops/{DropFactory().pk}")
+    ids = set()
+    page.on("request", lambda request: ids.add(request.headers.get("x-user-id")))
+    wait_until_live(page)
+    page.get_by_role("button", name="Reserve").click()
+    page.get_by_label("Your name").fill("mara")
+
+    page.locator("#who-form").evaluate("form => [form.requestSubmit(), form.requestSubmit()]")
+
+    expect(headline(page)).to_have_text(re.compile("^Yours for "))
+    assert len(ids - {None}) == 1
+
+
 def test_a_drop_starts_pauses_and_sells_out_while_looking(open_page, site):
     lists = open_page("/")
     wait_until_live(lists)

@@ -226,8 +226,12 @@ function watchIdentity() {
   button.addEventListener("click", () => whoAreYou());
   element("who-cancel").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => (afterNaming = null));
+  let isPicking = false;
   element("who-form").addEventListener("submit", async (event) => {
     event.preventDefault();
+    // Each name that is picked makes somebody else.
+    if (isPicking) return;
+    isPicking = true;
     const problem = element("who-problem");
     try {
       const then = afterNaming;
@@ -238,6 +242,8 @@ function watchIdentity() {
       problem.textContent = words.problems[error.message] ?? words.problems.unreachable;
       problem.hidden = false;
       element("who-name").focus();
+    } finally {
+      isPicking = false;
     }
   });
   identity.addEventListener("change", () => {
