@@ -193,6 +193,27 @@ def test_naming_oneself_twice_makes_one_visitor(open_page, site):
     assert len(ids - {None}) == 1
 
 
+def test_a_purchase_whose_answer_was_lost_is_not_taken_for_the_next(browser, site):
+    drop = DropFactory(max_per_user=2)
+    # Lost answers are among a browser's errors, so this is none of open_page's.
+    page = browser.new_context(base_url=site.url, **known_as("mara", site)).new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"/drops/{drop.pk}")
+    wait_until_live(page)
+
+    page.route("**/purchase", lambda route: [route.fetch(), route.abort()])
+    page.get_by_role("button", name="Reserve").click()
+    page.get_by_role("button", name=re.compile("^Buy for")).click()
+    expect(page.locator("#problem")).to_contain_text("can't be reached", timeout=PATIENCE_MS)
+    expect(page.locator("#after")).to_have_text("You have bought one of this drop.")
+    page.unroute("**/purchase")
+    page.get_by_role("button", name="Reserve").click()
+    page.get_by_role("button", name=re.compile("^Buy for")).click()
+
+    expect(headline(page)).to_have_text("It's yours")
+    assert Purchase.objects.count() == 2
+
+
 def test_a_drop_starts_pauses_and_sells_out_while_looking(open_page, site):
     lists = open_page("/")
     wait_until_live(lists)

@@ -60,6 +60,17 @@ export async function ask(method, path, body) {
   }
 }
 
+/**
+ * Take what was asked about a drop for answered: the page has learnt otherwise what came of it.
+ * With the same key the next claim or purchase would get the answer to the one before.
+ * @param {string} dropId
+ */
+export function forget(dropId) {
+  for (const request of unanswered.keys()) {
+    if (request.includes(`/drops/${dropId}/`)) unanswered.delete(request);
+  }
+}
+
 async function send(path, options) {
   let answer;
   let data;

@@ -5,7 +5,7 @@
  * the shop.
  */
 
-import { ask } from "./api.js";
+import { ask, forget } from "./api.js";
 import { identity } from "./identity.js";
 
 // Other windows of this browser: what is done in one shows in all.
@@ -60,6 +60,12 @@ class Me extends EventTarget {
         ask("GET", "/api/purchases?limit=100"),
       ]);
       if (reading !== this.#reading) return;
+      for (const row of active.results) {
+        if (this.holds.get(row.drop_id)?.id !== row.id) forget(row.drop_id);
+      }
+      for (const row of bought.results) {
+        if (!this.purchases.some((known) => known.id === row.id)) forget(row.drop_id);
+      }
       this.holds = new Map(active.results.map((row) => [row.drop_id, toHold(row)]));
       this.purchases = bought.results.filter((purchase) => purchase.status === "paid");
       this.#changed();
@@ -112,6 +118,7 @@ class Me extends EventTarget {
   #end(id, how) {
     const hold = [...this.holds.values()].find((known) => known.id === id);
     if (!hold) return;
+    forget(hold.dropId);
     this.holds.delete(hold.dropId);
     this.#reading += 1;
     this.dispatchEvent(new CustomEvent("ended", { detail: { hold, how } }));
