@@ -214,6 +214,22 @@ def test_a_purchase_whose_answer_was_lost_is_not_taken_for_the_next(browser, sit
     assert Purchase.objects.count() == 2
 
 
+def test_the_list_drops_what_was_over_before_it_was_connected(open_page, site):
+    DropFactory(name="Tidewalker")
+    drop = DropFactory(name="Comet")
+    page = open_page("/")
+    page.route(
+        "**/home.js",
+        lambda route: [update_drop(drop.pk, status=DropStatus.CANCELLED), route.continue_()],
+    )
+
+    page.goto("/")
+
+    wait_until_live(page)
+    expect(page.locator(".card")).to_have_count(1)
+    expect(page.locator(".card")).to_contain_text("Tidewalker")
+
+
 def test_a_drop_starts_pauses_and_sells_out_while_looking(open_page, site):
     lists = open_page("/")
     wait_until_live(lists)

@@ -21,10 +21,10 @@ client.on("drop", (drop, frame) => {
     noteBought(drop, bought, frame.type !== "SNAPSHOT");
   }
 });
-client.on("removed", (id) => {
-  cards.get(id)?.remove();
-  cards.delete(id);
-  showEmptiness();
+client.on("removed", removeCard);
+client.on("SNAPSHOT", () => {
+  // What the page came with may have been over before the connection began.
+  for (const id of cards.keys()) if (!client.drops.has(id)) removeCard(id);
 });
 onTick(() => client.drops.forEach((drop) => cards.has(drop.id) && showNow(cards.get(drop.id), drop)));
 
@@ -50,6 +50,12 @@ function addCard(drop) {
   list.prepend(card);
   showEmptiness();
   return card;
+}
+
+function removeCard(id) {
+  cards.get(id)?.remove();
+  cards.delete(id);
+  showEmptiness();
 }
 
 function sizeTag({ id, label }) {
