@@ -215,6 +215,22 @@ test("connects anew when missed events don't come", async () => {
   assert.equal(client.drops.get(A).seq, 4, "a connection that was left is not heard any more");
 });
 
+test("the time for an answer begins when the question is sent", async () => {
+  const ids = Array.from({ length: 80 }, (_, n) => `${n}`.padStart(36, "0"));
+  const socket = await open();
+  socket.say(snapshot(...ids.map((id) => drop(id, 4))), pong);
+  socket.sent = [];
+
+  socket.say(heartbeat(Object.fromEntries(ids.map((id) => [id, 5]))));
+  for (let seconds = 0; seconds < 20; seconds += 1) {
+    await pass(1000);
+    for (const { dropId } of socket.sent.splice(0)) socket.say(stock(dropId, 5, 4, 9));
+  }
+
+  assert.equal(sockets.length, 1);
+  assert.ok(ids.every((id) => client.drops.get(id).seq === 5));
+});
+
 test("a second loss has all the time for its answer, whenever the first was answered", async () => {
   const socket = await live(4);
   socket.say(stock(A, 7, 6, 7), stock(A, 5, 4, 9), stock(A, 6, 5, 8), stock(A, 7, 6, 7));

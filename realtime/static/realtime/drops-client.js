@@ -89,7 +89,7 @@ export class DropsClient {
   #wanted;
   /** The newest event applied, by drop. @type {Map<string, number>} */
   #seqs = new Map();
-  /** By drop whose missed events were asked for, the timer that gives up. */
+  /** By drop whose missed events are asked for, the timer that gives up, once it is sent. */
   #resyncing = new Map();
   #socket = null;
   /** Changes whenever what was under way no longer counts. */
@@ -331,6 +331,8 @@ export class DropsClient {
     for (; this.#isOpen && this.#outbox.length && this.#allowance > 0; this.#allowance -= 1) {
       const message = this.#outbox.shift();
       if (message.action === "ping") this.#pingSentAt = Date.now();
+      // From now on: before, it may have waited for its turn.
+      else if (this.#resyncing.has(message.dropId)) this.#awaitMissed(message.dropId);
       // What was not missed has no answer, so while many questions are asked nothing may come.
       if (this.status !== "live") this.#deadline = Math.max(this.#deadline, Date.now() + ANSWER_MS);
       this.#socket.send(JSON.stringify(message));
@@ -375,9 +377,14 @@ export class DropsClient {
   /** Ask for what was missed after the newest event known; connect anew if no answer comes. */
   #resync(id) {
     if (this.#resyncing.has(id)) return;
+    this.#resyncing.set(id, undefined);
+    this.#askFor(id);
+  }
+
+  #awaitMissed(id) {
+    clearTimeout(this.#resyncing.get(id));
     const giveUp = this.#now(() => this.#lose(0, "missed events"));
     this.#resyncing.set(id, setTimeout(giveUp, ANSWER_MS));
-    this.#askFor(id);
   }
 
   /** Wait no longer for what was missed: it is here, or not wanted any more. */
