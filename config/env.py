@@ -173,13 +173,27 @@ def jwks_file(name: str) -> str:
     value = text(name, "")
     if value:
         try:
-            jwt.PyJWKSet.from_dict(json.loads(Path(value).read_text()))
+            read_jwks(value)
         except OSError as exc:
             raise InvalidSetting(name, value, f"it can't be read: {exc.strerror}") from None
-        except (ValueError, AttributeError, jwt.PyJWTError):
-            # AttributeError: JSON, but no object.
+        except ValueError:
             raise InvalidSetting(name, value, "there is no usable key in this file") from None
     return value
+
+
+def read_jwks(path: str) -> jwt.PyJWKSet:
+    """Return the keys in a JWKS file.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: there is no usable key in it.
+    """
+    document = Path(path).read_text()
+    try:
+        return jwt.PyJWKSet.from_dict(json.loads(document))
+    except (AttributeError, jwt.PyJWTError) as exc:
+        # AttributeError: JSON, but no object.
+        raise ValueError(f"no JWKS: {exc}") from exc
 
 
 def networks(name: str) -> list[IPv4Network | IPv6Network]:

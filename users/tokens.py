@@ -1,20 +1,19 @@
 """Verify bearer tokens (JWT) of one's own identity provider."""
 
 import hashlib
-import json
 import logging
 import os
 import re
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 import jwt
 from django.conf import settings
 from jwt import PyJWKSet, PyJWTError
 
+from config.env import read_jwks
 from users.exceptions import InvalidIdentity
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class KeyFile:
         """Look at the file, unless that was done a moment ago.
 
         Raises:
-            OSError, ValueError, AttributeError, PyJWTError: it can't be used, and never could.
+            OSError, ValueError: it can't be used, and never could.
         """
         path = settings.JWT_JWKS_FILE
         if self._source and self._source[0] == path and time.monotonic() < self._next_look:
@@ -152,11 +151,10 @@ class KeyFile:
                 status = os.stat(path)
                 source = (path, status.st_mtime_ns, status.st_ino)
                 if source != self._source:
-                    self.keys = PyJWKSet.from_dict(json.loads(Path(path).read_text()))
+                    self.keys = read_jwks(path)
                     self._source = source
                     forget_verified()
-            except (OSError, ValueError, AttributeError, PyJWTError):
-                # AttributeError: JSON, but no object.
+            except (OSError, ValueError):
                 if not self._source or self._source[0] != path:
                     raise
                 # Half written, perhaps. The old keys go on until it can be read.
