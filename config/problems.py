@@ -143,8 +143,10 @@ def is_outage(exc: Exception) -> bool:
     if isinstance(exc, OperationalError):
         waited_in_vain = (postgres.LockNotAvailable, postgres.QueryCanceled)
         return not isinstance(exc.__cause__, waited_in_vain)
-    if isinstance(exc.__cause__, postgres.IdleInTransactionSessionTimeout):
-        # A process, or a database, that stood still within a transaction and then goes on.
+    # A process, or a database, that stood still within a transaction and then goes on; and
+    # one that was the primary before a failover.
+    passing = (postgres.IdleInTransactionSessionTimeout, postgres.ReadOnlySqlTransaction)
+    if isinstance(exc.__cause__, passing):
         return True
     return isinstance(exc, InterfaceError | psycopg_pool.PoolTimeout)
 

@@ -267,6 +267,7 @@ RATE_LIMITS = {
     "reserve": rate_limit("reserve", "60", "1200"),
     "purchase": rate_limit("purchase", "60", "1200"),
     "create": rate_limit("create", "30", "120"),
+    "update": rate_limit("update", "60", "600"),
     "socket": rate_limit("socket", "60", "600"),
     "ticket": rate_limit("ticket", "60", "600"),
     # Attempts at the admin: by the name that they give, whether there is such a user or not.

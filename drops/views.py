@@ -56,7 +56,7 @@ class DropViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericViewS
         IsCreatorOrStaff,
     ]
     queryset = Drop.objects.all()
-    rate_limited = ("create",)
+    rate_limits = {"create": "create", "partial_update": "update"}
 
     def get_queryset(self) -> DropQuerySet:
         drops = Drop.objects.read_now()

@@ -66,7 +66,7 @@ class PurchaseViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, GenericV
     serializer_class = PurchaseSerializer
     permission_classes = [IsIdentified]
     queryset = Purchase.objects.all()
-    rate_limited = ("purchase",)
+    rate_limits = {"purchase": "purchase"}
 
     def get_queryset(self) -> QuerySet[Purchase]:
         return Purchase.objects.filter(user=user_of(self.request))

@@ -44,7 +44,8 @@ class Event(models.Model):
 class SocketTicket(models.Model):
     """Lets one socket speak for a user, once and soon; see ``realtime.tickets``."""
 
-    # The ticket itself is only with the client: who reads this table can't use it.
+    # The ticket itself is with its client, and for a repeated request in that key's stored
+    # answer: who reads this table alone can't use it.
     digest = models.BinaryField(primary_key=True, max_length=32)
     user = models.ForeignKey(settings.AUTH_USER_MODEL, models.CASCADE, related_name="+")
     expires_at = models.DateTimeField(db_index=True)

@@ -164,7 +164,7 @@ class TicketView(APIView):
 
     permission_classes = [IsIdentified]
     action = "ticket"
-    rate_limited = (action,)
+    rate_limits = {action: "ticket"}
 
     @extend_schema(
         summary="Get a ticket for a WebSocket",

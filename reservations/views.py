@@ -86,7 +86,7 @@ class ReservationViewSet(mixins.ListModelMixin, mixins.RetrieveModelMixin, Gener
     serializer_class = ReservationSerializer
     permission_classes = [IsIdentified]
     queryset = Reservation.objects.all()
-    rate_limited = ("reserve",)
+    rate_limits = {"reserve": "reserve"}
 
     def get_queryset(self) -> ReservationQuerySet:
         own = Reservation.objects.read_now().filter(user=user_of(self.request))

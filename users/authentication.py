@@ -73,18 +73,18 @@ def identity_of(request: HttpRequest) -> Identity | None:
 
 
 def check_rate(request: HttpRequest, view: "APIView", identity: Identity) -> None:
-    """Count a request to an action that its viewset names in ``rate_limited``.
+    """Count a request against the limit that its view's ``rate_limits`` has for the action.
 
     Raises:
         RateLimited: too many by this user, or from this address.
     """
     scope = getattr(request, "scope", {})
-    action = getattr(view, "action", None)
+    limit = getattr(view, "rate_limits", {}).get(getattr(view, "action", None))
     if ADMITTED in scope:
         request.rate_limit = scope[ADMITTED][1]  # type: ignore[attr-defined]
-    elif action in getattr(view, "rate_limited", ()):
+    elif limit is not None:
         request.rate_limit = rate_limits().check(  # type: ignore[attr-defined]
-            str(action), identity.user_id, lambda: address_of(request)
+            limit, identity.user_id, lambda: address_of(request)
         )
 
 

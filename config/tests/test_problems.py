@@ -10,7 +10,9 @@ from django.db import InternalError, connection, transaction
 from config.problems import Unavailable, to_api_exception
 from drops.group_commit import Failure, settle_apart
 from drops.services import Wait
+from drops.tests.factories import DropFactory
 from reservations.management.commands import expire_reservations
+from users.tests.factories import UserFactory
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -50,3 +52,29 @@ def test_the_expiry_loop_goes_on():
         pause = expire_reservations.Command().step(batch=1)
 
     assert pause == expire_reservations.PAUSE_WITHOUT_DATABASE_SECONDS
+
+
+def test_a_database_that_is_no_longer_the_primary_is_an_outage(client_of):
+    drop, user = DropFactory(), UserFactory()
+    with connection.cursor() as cursor:
+        cursor.execute("SET default_transaction_read_only = on")
+        answer = client_of(user).post(f"/api/drops/{drop.pk}/reserve")
+        # Or who is given this connection next could not write either.
+        cursor.execute("RESET default_transaction_read_only")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+    assert answer["Retry-After"] == "1"
+
+
+def write_where_nothing_can_be_written(*args, **options):
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("SET TRANSACTION READ ONLY")
+        cursor.execute("DELETE FROM drops_drop")
+
+
+def test_so_it_is_for_a_batch(caplog):
+    batch = {"drop": [SimpleNamespace(request="one"), SimpleNamespace(request="two")]}
+    (answered,) = settle_apart(write_where_nothing_can_be_written, batch, Wait.BRIEFLY)
+
+    assert [type(answer) for _, answer in answered] == [Failure] * 2
+    assert "Traceback" not in caplog.text

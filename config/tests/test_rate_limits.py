@@ -223,6 +223,22 @@ def test_creating_drops_is_limited_and_reading_is_not(limits, client_of, db):
     assert Drop.objects.count() == 2
 
 
+def test_changing_drops_is_limited(limits, client_of, db):
+    """Each change goes to all who watch."""
+    limits(user="2/minute")
+    drop, user = DropFactory(), UserFactory(is_staff=True)
+    client = client_of(user)
+
+    answers = [
+        client.patch(f"/api/drops/{drop.pk}", {"name": f"Ember {number}"}) for number in range(3)
+    ]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[1]["RateLimit"] == '"user";r=0;t=60'
+    drop.refresh_from_db()
+    assert drop.name == "Ember 1"
+
+
 async def close_code(path: str, subprotocols: tuple[str, ...] = (), **headers: str) -> int:
     """Return how a socket from one and the same address is closed."""
     from config.asgi import application

@@ -2,19 +2,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import OperationalError, ProgrammingError, transaction
+from django.core.management.base import CommandError, CommandParser
+from django.db import transaction
 from django.db.models import Model
-from psycopg import errors as postgres
 from rich.progress import Progress
 
+from config.commands import DatabaseCommand
 from config.database import read_clock
 from config.seeding import DemoData, Present, find_present, give_roles, truncate_tables
 
 ROWS_PER_STATEMENT = 250
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Fill the database with demo data: drops in every state, with their reservations, "
         "purchases and events. Whatever was there before is removed."
@@ -38,18 +38,6 @@ class Command(BaseCommand):
     def handle(self, *, reset: bool, seed: int, force: bool, **options: Any) -> None:
         if not settings.DEBUG and not force:
             raise CommandError("seed fills development databases; DEBUG is off. See --force.")
-        try:
-            self.fill(reset, seed)
-        except ProgrammingError as exc:
-            if isinstance(exc.__cause__, postgres.UndefinedTable):
-                raise CommandError("There are no tables yet. Run manage.py migrate first.") from exc
-            raise
-        except OperationalError as exc:
-            if isinstance(exc.__cause__, postgres.LockNotAvailable | postgres.DeadlockDetected):
-                raise CommandError("The tables are in use. Try again in a moment.") from exc
-            raise
-
-    def fill(self, reset: bool, seed: int) -> None:
         data = DemoData(
             seed,
             read_clock(),

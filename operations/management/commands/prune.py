@@ -1,7 +1,8 @@
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
+from config.commands import DatabaseCommand
 from config.stopping import StopRequest
 from operations.upkeep import PRUNERS, prune
 
@@ -9,7 +10,7 @@ ROWS_PER_BATCH = 5000
 MOST_ROWS = 1_000_000
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Delete events older than a day, idempotency keys and socket tickets whose time is up, "
         "and ended sessions. Safe beside a running sale; run it from cron."

@@ -4,16 +4,17 @@ import uuid
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from rich.console import Console
 from rich.table import Table
 
+from config.commands import DatabaseCommand
 from operations import heartbeats
 from operations.exposition import AUDIT
 from purchases.audit import Audit, audit_stock, pause_drifting
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Recompute every stock from its reservations and purchases. "
         "Exits with 1, and a table, when anything differs; pauses the drops in question where "

@@ -1,8 +1,9 @@
 import argparse
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
+from config.commands import DatabaseCommand
 from config.stopping import StopRequest
 from realtime.services import prune_events
 
@@ -10,7 +11,7 @@ DEFAULT_HOURS = 24
 EVENTS_PER_BATCH = 5000
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Delete events of the log that are older than a day. A client that was away for longer "
         "gets the state instead. Safe beside a running sale; run it from cron."
