@@ -1,16 +1,28 @@
 """uvicorn's sockets: what a client does wrong is no error here, and takes no memory.
 
 By itself uvicorn prints a traceback of a text that is not UTF-8, and fails where a close frame
-came right behind; and it answers each ping of a client that doesn't read the answers.
+came right behind; it answers each ping of a client that doesn't read the answers; and it leaves
+a handshake without an answer whose address or header has more than 8 kB.
 """
 
+from django.conf import settings
 from uvicorn._types import ASGIReceiveEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets import http11
 
 INVALID_TEXT = 1007
 
 deliver = WebSocketsSansIOProtocol.send_receive_event_to_app
 receive = WebSocketsSansIOProtocol.receive
+take = WebSocketsSansIOProtocol.data_received
+
+
+def take_and_refuse(socket: WebSocketsSansIOProtocol, data: bytes) -> None:
+    """Take what came; a handshake that is too long is answered by the library, and sent here."""
+    take(socket, data)
+    if not socket.handshake_initiated and socket.conn.handshake_exc is not None:
+        socket.transport.write(b"".join(socket.conn.data_to_send()))
+        socket.transport.close()
 
 
 def deliver_if_valid(socket: WebSocketsSansIOProtocol) -> None:
@@ -46,10 +58,13 @@ async def receive_and_pause(socket: WebSocketsSansIOProtocol) -> ASGIReceiveEven
 
 def install() -> None:
     """Let every socket be like this, however uvicorn is started."""
+    # A handshake may be as long as any request.
+    http11.MAX_LINE_LENGTH = settings.MAX_HEADER_BYTES
     for name, method in [
         ("send_receive_event_to_app", deliver_if_valid),
         ("pause_writing", pause_writing),
         ("resume_writing", resume_writing),
         ("receive", receive_and_pause),
+        ("data_received", take_and_refuse),
     ]:
         setattr(WebSocketsSansIOProtocol, name, method)

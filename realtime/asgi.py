@@ -130,7 +130,8 @@ async def open_stream(request: HotRequest) -> "EventStream":
 def read_after(request: HotRequest) -> int | None:
     """Return the last event that the client has; the header is newer than the address."""
     headers = dict(request.scope["headers"])
-    given = [value for name, value in parse_qsl(request.query.decode("latin-1")) if name == "after"]
+    query = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
+    given = [value for name, value in query if name == "after"]
     if b"last-event-id" in headers:
         given = [headers[b"last-event-id"].decode("latin-1")]
     if not given:

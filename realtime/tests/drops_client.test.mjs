@@ -271,6 +271,21 @@ test("a heartbeat that is ahead of the client means a loss, unless the frame was
   assert.deepEqual(socket.sent, [{ action: "subscribe", dropId: A, since: 5 }]);
 });
 
+for (const data of ["<html>a proxy's mistake</html>", "null", "[]", "{}", ""]) {
+  test(`connects anew after what is no frame, with what it has: ${data}`, async () => {
+    const socket = await live(5);
+
+    socket.onmessage({ data });
+    assert.equal(client.status, "reconnecting");
+    assert.ok(socket.isClosed);
+    await pass(1000);
+
+    const next = await opened();
+    assert.equal(next.url, `wss://shop.example/ws/drops/${A}?since=5`);
+    assert.equal(client.drops.get(A).seq, 5);
+  });
+}
+
 test("resumes where it was", async () => {
   const socket = await live(4, { drops: [A, B] });
   socket.say(snapshot(drop(B, 2)), stock(A, 5, 4, 9));

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import struct
 import sys
@@ -186,6 +187,37 @@ def test_other_headers_may_hold_any_bytes(web_server, name):
         line.sendall(handshake(name + b": \xff\xfe"))
 
         assert line.recv(4096).startswith(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize("header", [b"Cookie: crumb=" + b"a" * 14_000], ids=["14 kB"])
+def test_a_handshake_may_be_as_long_as_any_request(web_server, header):
+    with web_server.connect() as line:
+        line.sendall(handshake(header))
+
+        assert line.recv(4096).startswith(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "path"),
+    [
+        ((b"Cookie: crumb=" + b"a" * 50_000,), "/ws/drops"),
+        (tuple(b"X-Odd-%d: 1" % number for number in range(600)), "/ws/drops"),
+        ((), f"/ws/drops?{'a' * 50_000}"),
+    ],
+    ids=["a header", "many headers", "an address"],
+)
+def test_a_handshake_that_is_too_long_is_refused(web_server, headers, path):
+    with web_server.connect() as line:
+        line.settimeout(5)
+        line.sendall(handshake(*headers, path=path))
+        answer = line.recv(4096)
+
+        assert re.match(rb"HTTP/1.1 4(00|14|31) |$", answer)
+        # And does not wait for another.
+        with contextlib.suppress(ConnectionResetError):
+            while line.recv(4096):
+                pass
+    assert pong(web_server) == "PONG"
 
 
 # --- Too much ---------------------------------------------------------------------------

@@ -207,6 +207,7 @@ def test_a_stream_refuses_as_the_pages_do(web_server):
         (uuid.uuid4(), "", {}, (404, "not_found")),
         ("x", "", {}, (404, "not_found")),
         (drop.pk, "?after=x", {}, (400, "validation_error")),
+        (drop.pk, "?after=", {}, (400, "validation_error")),
         (drop.pk, "", {"Last_Event_ID": "9" * 5000}, (400, "validation_error")),
         (drop.pk, "", {"X_User_Id": "me"}, (401, "invalid_identity")),
         (drop.pk, "", {"X_User_Id": switched_off}, (401, "unknown_user")),

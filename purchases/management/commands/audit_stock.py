@@ -17,8 +17,8 @@ from purchases.audit import Audit, audit_stock, pause_drifting
 class Command(DatabaseCommand):
     help = (
         "Recompute every stock from its reservations and purchases. "
-        "Exits with 1, and a table, when anything differs; pauses the drops in question where "
-        "PAUSE_DRIFTING_DROPS is set."
+        "Exits with 1, and a table, when anything differs, with 2 when it could not look; pauses "
+        "the drops in question where PAUSE_DRIFTING_DROPS is set."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:

@@ -228,7 +228,9 @@ export class DropsClient {
 
   #hear(text) {
     this.#deadline = Date.now() + this.#patience();
-    const frame = JSON.parse(text);
+    const frame = read(text);
+    // From something on the way, which is no server of drops.
+    if (!frame) return this.#lose(0, "unreadable");
     if (frame.type === "SNAPSHOT") this.#takeSnapshot(frame);
     else if (frame.type === "HEARTBEAT") this.#takeHeartbeat(frame);
     else if (frame.type === "PONG") this.#takePong(frame);
@@ -462,6 +464,16 @@ export class DropsClient {
 /** No network at all, says the browser; that it has one says little. */
 function isWithoutNetwork() {
   return globalThis.navigator?.onLine === false;
+}
+
+/** Return the frame in `text`, or null where there is none. */
+function read(text) {
+  try {
+    const frame = JSON.parse(text);
+    return typeof frame?.type === "string" ? frame : null;
+  } catch {
+    return null;
+  }
 }
 
 /**
