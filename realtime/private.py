@@ -34,7 +34,7 @@ REST_PER_LOOK = 20
 EXPIRING_SECONDS = 10.0
 # Event loops refuse timers of thousands of years, which a token may well name.
 LONGEST_TIMER_SECONDS = 365 * 86_400.0
-# A purchase is dated before its commit; older than this, it was seen or is history.
+# A purchase is dated before its commit, by less than this.
 PURCHASE_MARGIN = timedelta(seconds=20)
 
 ENDED = {
@@ -82,6 +82,8 @@ class PrivateNews:
         self._left: set[uuid.UUID] = set()
         # Purchases that were told, or are older than the sockets, with their time.
         self._told: dict[uuid.UUID, datetime] = {}
+        # By the database's clock, when the rows were last read; looks may be far apart.
+        self._looked_at: datetime | None = None
         # When each user's first socket came, by the monotonic clock.
         self._came: dict[uuid.UUID, float] = {}
         self._wake = asyncio.Event()
@@ -99,6 +101,8 @@ class PrivateNews:
             self._sockets.pop(user_id, None)
             self._came.pop(user_id, None)
             self._left.add(user_id)
+        if not self._sockets:
+            self._looked_at = None
 
     def look_soon(self) -> None:
         """Have the rows read before a second is over: something happened somewhere."""
@@ -134,7 +138,9 @@ class PrivateNews:
             del self._holds[known]
         users = list(self._sockets)
         try:
-            rows = await database_sync_to_async(read_rows)(users, list(self._holds))
+            rows = await database_sync_to_async(read_rows)(
+                users, list(self._holds), self._looked_at
+            )
         except BaseException:
             self._new = new + self._new
             raise
@@ -143,6 +149,7 @@ class PrivateNews:
                 socket.end_identity()
         self._tell_new_sockets(rows, new)
         self._tell_purchases(rows)
+        self._looked_at = rows.now if self._sockets else None
         self._tell_ended(rows)
         # The next look comes a second after the pause at the latest, and may itself take longer.
         self._tell_expiring(rows, LOOK_SECONDS + 2 * pause_after(time.monotonic() - began))
@@ -156,7 +163,8 @@ class PrivateNews:
             # What was bought before its user connected is in the list of purchases.
             if purchase.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
                 self._tell(PrivateType.PURCHASE_CONFIRMED, rows.now, purchase)
-        for pk in [pk for pk, at in self._told.items() if at < rows.now - 2 * PURCHASE_MARGIN]:
+        # What the next look won't read again.
+        for pk in [pk for pk, at in self._told.items() if at <= rows.now - PURCHASE_MARGIN]:
             del self._told[pk]
 
     def _tell_ended(self, rows: Rows) -> None:
@@ -212,12 +220,18 @@ def pause_after(seconds: float) -> float:
     return max(SHORTEST_PAUSE_SECONDS, REST_PER_LOOK * seconds)
 
 
-def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
+def read_rows(
+    users: Iterable[uuid.UUID], known: Iterable[uuid.UUID], since: datetime | None = None
+) -> Rows:
     """Read what ``users`` hold and have just bought, and what became of the ``known`` holds.
 
     Also who of them was switched off.
+
+    Args:
+        since: when the rows were read before.
     """
     now = read_clock()
+    bought_after = min(since or now, now) - PURCHASE_MARGIN
     switched_off = User.objects.filter(pk__in=users, is_active=False)
     # One step in an index for each user: both start with the user.
     active = Reservation.objects.active().filter(user__in=users)
@@ -226,7 +240,7 @@ def read_rows(users: Iterable[uuid.UUID], known: Iterable[uuid.UUID]) -> Rows:
     }
     gone = [pk for pk in known if pk not in holds]
     ended = Reservation.objects.filter(pk__in=gone).values_list("pk", "status") if gone else []
-    bought = Purchase.objects.filter(user__in=users, created_at__gt=now - PURCHASE_MARGIN)
+    bought = Purchase.objects.filter(user__in=users, created_at__gt=bought_after)
     return Rows(
         now,
         list(switched_off.values_list("pk", flat=True)),

@@ -27,6 +27,7 @@ from realtime import consumers, log
 from realtime import hub as hub_module
 from realtime import private as private_news
 from realtime.frames import pong_frame
+from realtime.hub import get_hub
 from realtime.limits import open_connections
 from realtime.models import Event, SocketTicket
 from realtime.tests.sockets import Socket, in_loop
@@ -1008,6 +1009,27 @@ def test_that_a_hold_expires_is_told_in_time_also_where_looks_are_rare(monkeypat
         assert frame["type"] == "HOLD_EXPIRING"
         late = datetime.fromisoformat(frame["ts"]) - (ends - timedelta(seconds=10))
         assert abs(late) < timedelta(seconds=0.5)
+
+    in_loop(scenario)
+
+
+def test_a_purchase_is_told_also_where_looks_are_rare(monkeypatch):
+    monkeypatch.setattr(private_news, "PURCHASE_MARGIN", timedelta(seconds=1))
+    monkeypatch.setattr(private_news, "pause_after", lambda _: 2.5)
+    drop, user = DropFactory(), UserFactory()
+    reserve(drop.pk, Claim(user.pk))
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", headers={"X-User-Id": str(user.pk)})
+        assert (await private(socket))["type"] == "HOLDS"
+        # The next look is further away than what a purchase's date may be behind its commit.
+        bought = await sync_to_async(purchase)(drop.pk, user.pk)
+        frame = await private(socket)
+        assert frame["type"] == "PURCHASE_CONFIRMED"
+        assert frame["data"]["purchaseId"] == str(bought.pk)
+        # And once.
+        await get_hub().private._look()
+        assert "PURCHASE_CONFIRMED" not in socket.types()
 
     in_loop(scenario)
 
