@@ -76,6 +76,8 @@ class EventStreams:
         record = request.record
         record.lane, record.route = "stream", "/api/drops/{id}/events"
         record.request_id = request.request_id
+        # First: who comes as the server is told to stop must not be overlooked.
+        watch_signals()
         try:
             stream = await open_stream(request)
         except Exception as exc:
@@ -207,7 +209,9 @@ class EventStream:
             # Who looks there for news of users finds out, too, who was switched off.
             hub.private.add(self.identity.user_id, self)
             expiry = end_with(self.identity, self)
-        stop_with_server(self)
+        _streams.add(self)
+        if _is_stopping:
+            self.reconnect()
         waiting_send = backpressure.waiting_send(send)
         telling = asyncio.ensure_future(self._tell(waiting_send))
         leaving = asyncio.ensure_future(client_is_gone(receive))
@@ -311,16 +315,16 @@ async def client_is_gone(receive: Receive) -> None:
 
 _streams: set[EventStream] = set()
 _is_watching_signals = False
+_is_stopping = False
 
 
-def stop_with_server(stream: EventStream) -> None:
-    """End ``stream`` when the server is told to stop.
+def watch_signals() -> None:
+    """Have all streams end when the server is told to stop.
 
     Servers wait for open answers, and tell an application without the lifespan protocol
     nothing; so this process listens to the same signal, and hands it on.
     """
     global _is_watching_signals
-    _streams.add(stream)
     if _is_watching_signals:
         return
     _is_watching_signals = True
@@ -340,5 +344,8 @@ def stop_with_server(stream: EventStream) -> None:
 
 
 def end_all() -> None:
+    """End the streams there are, and those that are being opened as soon as they begin."""
+    global _is_stopping
+    _is_stopping = True
     for stream in list(_streams):
         stream.reconnect()

@@ -52,12 +52,18 @@ def wait_until_read(server: WebServer) -> None:
 
 def last_answer(customer: socket.socket) -> tuple[int, dict]:
     """Return the status and the document of an answer after which the connection is closed."""
-    received = b""
-    while chunk := customer.recv(65_536):
-        received += chunk
+    received = all_of(customer)
     customer.close()
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)
+
+
+def all_of(client: socket.socket) -> bytes:
+    """Return what the server sends until it closes the connection."""
+    received = b""
+    while chunk := client.recv(65_536):
+        received += chunk
+    return received
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> None:
@@ -134,6 +140,30 @@ def test_a_server_that_stops_answers_what_it_has_begun_and_begins_nothing(way):
 def count_blocked(session) -> int:
     query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
     return session.execute(query).fetchone()[0]
+
+
+@pytest.mark.parametrize("server_name", ["daphne", "uvicorn"])
+def test_a_stream_that_is_being_opened_does_not_keep_a_server_alive(server_name):
+    drop = DropFactory()
+    with (
+        running_web_servers(Served(server_name)) as (server,),
+        another_session() as session,
+        server.connect() as client,
+    ):
+        session.execute("LOCK TABLE drops_drop")
+        client.sendall(
+            f"GET /api/drops/{drop.pk}/events HTTP/1.1\r\nHost: localhost\r\n"
+            "Accept: text/event-stream\r\n\r\n".encode()
+        )
+        query = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        wait_until(lambda: session.execute(query).fetchone()[0] > 0)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(server))
+        session.execute("ROLLBACK")
+
+        assert b"event: SNAPSHOT" in all_of(client)
+        assert server.wait(10) == 0, server.log
+        assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("server_name", ["daphne", "uvicorn"])

@@ -24,6 +24,7 @@ from django.db import DatabaseError
 from config.database import read_clock
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
+from realtime import asgi as streams
 from realtime import hub as hub_module
 from realtime import log
 from realtime.asgi import EventStreams
@@ -258,6 +259,23 @@ def test_streams_are_counted_and_end_with_their_server():
                     stream.next()
         assert server.wait(10) in (0, -signal.SIGTERM)
         assert "Traceback" not in server.log
+
+
+def test_a_stream_that_begins_while_the_server_stops_ends_at_once(monkeypatch):
+    drop, messages = drop_with_events(1), []
+    monkeypatch.setattr(streams, "_is_stopping", False)
+
+    async def send(message: dict[str, Any]) -> None:
+        messages.append(message)
+
+    async def scenario() -> None:
+        streams.end_all()
+        scope = stream_scope(drop.pk)
+        await asyncio.wait_for(EventStreams(never)(scope, asyncio.Event().wait, send), 5)
+
+    in_loop(scenario)
+    assert b"event: SNAPSHOT" in messages[2]["body"]
+    assert messages[-1]["more_body"] is False
 
 
 def test_streams_that_come_together_pass_no_limit(settings):
