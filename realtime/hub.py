@@ -356,7 +356,9 @@ class Hub:
             await asyncio.sleep(CATCH_UP_SECONDS)
             before = {drop_id: feed.seq for drop_id, feed in self._feeds.items()}
             try:
-                for drop_id, seq in (await database_sync_to_async(log.current_seqs)()).items():
+                seqs = await database_sync_to_async(log.current_seqs)()
+                # Those that are gone, with a rehearsal or a past that was replaced, have none.
+                for drop_id, seq in (dict.fromkeys(before, 0) | seqs).items():
                     known = self._feed(drop_id).seq
                     if seq > known:
                         await self._read_missed(drop_id, seq)
