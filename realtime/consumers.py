@@ -159,11 +159,12 @@ class DropConsumer(Consumer):
         self.connection = connection_of(self.servers_send)
         try:
             self._enter()
-            drop_id, since = read_address(self.scope)
             identity = await self._identify(ticket_in(offered))
             if identity is not None:
                 self.user_id, self.expiry = identity.user_id, end_with(identity, self)
             await self._check_rate("socket", TOO_MANY_NEW)
+            # Last: who asks for what there can't be counts with the others.
+            drop_id, since = read_address(self.scope)
             self.hub = get_hub()
             await self.hub.start()
             await self._begin(drop_id, since)
@@ -184,6 +185,7 @@ class DropConsumer(Consumer):
             await self._check_rate("identity", "too many failed identities of this address")
             raise Closing(INVALID_IDENTITY, "the identity or the ticket is not valid") from None
         except UnknownUser:
+            await self._check_rate("socket", TOO_MANY_NEW)
             raise Closing(INVALID_IDENTITY, "unknown user") from None
 
     async def disconnect(self, code: int) -> None:

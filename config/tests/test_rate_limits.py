@@ -256,7 +256,13 @@ async def close_code(path: str, subprotocols: tuple[str, ...] = (), **headers: s
 
 @pytest.mark.parametrize(
     ("path", "code"),
-    [(f"/ws/drops/{uuid.UUID(int=7)}", 4404), ("/ws/control", 4403), ("/ws/elsewhere", 4404)],
+    [
+        (f"/ws/drops/{uuid.UUID(int=7)}", 4404),
+        ("/ws/drops/7", 4404),
+        ("/ws/drops?since=7", 4400),
+        ("/ws/control", 4403),
+        ("/ws/elsewhere", 4404),
+    ],
 )
 def test_sockets_are_limited(limits, db, path, code):
     limits(address="2/minute")
@@ -266,6 +272,17 @@ def test_sockets_are_limited(limits, db, path, code):
 
     # There is no such drop, or no such right; who comes too often doesn't even learn that.
     assert asyncio.run(code_of_each()) == [code, code, TOO_MANY_SOCKETS]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_sockets_of_who_is_switched_off_count_with_the_others(limits):
+    limits(address="2/minute")
+    user = UserFactory(is_active=False)
+
+    async def code_of_each():
+        return [await close_code("/ws/drops", x_user_id=str(user.pk)) for _ in "123"]
+
+    assert asyncio.run(code_of_each()) == [4401, 4401, TOO_MANY_SOCKETS]
 
 
 @pytest.mark.parametrize("path", ["/ws/control", "/ws/elsewhere"])
