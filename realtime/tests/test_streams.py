@@ -575,7 +575,13 @@ def test_prunes_what_is_older_than_a_day_in_batches():
     assert prune() == "0 events deleted.\n"
 
 
-@pytest.mark.parametrize("arguments", [("--hours", "0.9"), ("--hours", "x"), ("--batch", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--hours", odd) for odd in ("0.9", "x", "nan", "inf", "1e9")),
+        ("--batch", "0"),
+    ],
+)
 def test_refuses_to_prune_what_clients_still_need(arguments):
     event = drop_with_events(1)
 

@@ -9,6 +9,8 @@ from realtime.services import prune_events
 
 DEFAULT_HOURS = 24
 EVENTS_PER_BATCH = 5000
+# A century; PostgreSQL's clock does not go back for ever.
+MOST_HOURS = 876_600
 
 
 class Command(DatabaseCommand):
@@ -34,8 +36,8 @@ class Command(DatabaseCommand):
         )
 
     def handle(self, *, hours: float, batch: int, verbosity: int, **options: Any) -> None:
-        if hours < 1:
-            raise CommandError("--hours must be 1 or more: clients resume from the log.")
+        if not 1 <= hours <= MOST_HOURS:
+            raise CommandError(f"--hours must be 1 to {MOST_HOURS}: clients resume from the log.")
         if batch < 1:
             raise CommandError("--batch must be 1 or more.")
         pruned = 0
