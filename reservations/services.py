@@ -4,7 +4,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -639,11 +639,16 @@ class ExpiredHolds:
     reservation_ids: list[uuid.UUID]
 
 
-def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
+def expire_due(
+    batch: int = MAX_EXPIRED_PER_TRANSACTION, meanwhile: Callable[[], None] | None = None
+) -> list[ExpiredHolds]:
     """Expire overdue holds: of each drop at most ``batch``, in a transaction per drop.
 
     Any number may run at once; each hold expires once. A drop that somebody keeps locked
     is left for the next call, and one whose counters contradict its holds for ten seconds.
+
+    Args:
+        meanwhile: is called between the drops, of which there may be hundreds.
     """
     due = (
         Drop.objects.annotate(due_at=_first_deadline())
@@ -651,7 +656,7 @@ def expire_due(batch: int = MAX_EXPIRED_PER_TRANSACTION) -> list[ExpiredHolds]:
         .order_by("due_at")
         .values_list("pk", flat=True)
     )
-    return expire_drops(due, batch)
+    return expire_drops(due, batch, meanwhile)
 
 
 # Drops whose counters contradict their holds, and when (``time.monotonic``) to try again.
@@ -659,10 +664,14 @@ _contradictory: dict[uuid.UUID, float] = {}
 CONTRADICTORY_SECONDS = 10.0
 
 
-def expire_drops(drop_ids: Iterable[uuid.UUID], batch: int) -> list[ExpiredHolds]:
+def expire_drops(
+    drop_ids: Iterable[uuid.UUID], batch: int, meanwhile: Callable[[], None] | None = None
+) -> list[ExpiredHolds]:
     """Expire what is overdue of these drops, as ``expire_due`` does of all."""
     swept = []
     for drop_id in drop_ids:
+        if meanwhile is not None:
+            meanwhile()
         if time.monotonic() < _contradictory.get(drop_id, 0.0):
             continue
         try:

@@ -17,6 +17,7 @@ from drops.models import Drop, Variant
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from realtime.models import Event, EventType
+from reservations import services
 from reservations.management.commands import expire_reservations
 from reservations.models import Reservation, ReservationStatus
 from reservations.services import expire_drops
@@ -26,6 +27,7 @@ from users.models import User
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
+HOUR = timedelta(hours=1)
 # A loop that sleeps this long wakes for a hold, or not while the test lasts.
 SLEEPY = {"EXPIRY_POLL_MS": "60000"}
 
@@ -177,7 +179,7 @@ def test_a_long_backlog_keeps_up_no_other_drop(monkeypatch):
     command = expire_reservations.Command()
     other: list[Reservation] = []
 
-    def sweep(drop_ids, batch):
+    def sweep(drop_ids, batch, meanwhile):
         if not other:
             # It comes due when the backlog is being swept already.
             other.append(ReservationFactory(overdue=True))
@@ -189,6 +191,27 @@ def test_a_long_backlog_keeps_up_no_other_drop(monkeypatch):
         assert command.step(1) == 0
 
     assert 0 < expired_of(long) < 20
+
+
+@pytest.mark.django_db(transaction=True)
+def test_holds_of_many_drops_keep_up_no_window(monkeypatch):
+    expire_drop, drops = services._expire_drop, []
+    for _ in range(5):
+        ReservationFactory(overdue=True)
+
+    def expire_slowly(drop_id, batch):
+        if not drops:
+            # It opens when the first is being swept already.
+            opens_at = read_clock()
+            drops.append(DropFactory(starts_at=opens_at, window_told_at=opens_at - HOUR))
+        time.sleep(0.25)
+        return expire_drop(drop_id, batch)
+
+    monkeypatch.setattr(services, "_expire_drop", expire_slowly)
+    expire_reservations.Command().step(400)
+
+    assert expired() == 5
+    assert drops[0].events.get().created_at - drops[0].starts_at < timedelta(seconds=1)
 
 
 @pytest.mark.servers

@@ -81,11 +81,14 @@ class Command(BaseCommand):
         """Wait for the next step, and meanwhile announce windows that open and close."""
         due_at = time.monotonic() + seconds
         while not stop.is_set:
-            if time.monotonic() - self.announced_at >= WINDOW_PAUSE_SECONDS:
-                self.announce()
+            self.announce_now_and_then()
             left = due_at - time.monotonic()
             if left <= 0 or stop.wait(min(left, WINDOW_PAUSE_SECONDS)):
                 return
+
+    def announce_now_and_then(self) -> None:
+        if time.monotonic() - self.announced_at >= WINDOW_PAUSE_SECONDS:
+            self.announce()
 
     def announce(self) -> None:
         self.announced_at = time.monotonic()
@@ -107,13 +110,14 @@ class Command(BaseCommand):
         close_old_connections()
         self.is_working = False
         try:
-            swept = expire_due(batch)
+            # Holds of hundreds of drops take seconds, and windows can't wait for them.
+            swept = expire_due(batch, self.announce_now_and_then)
             self.is_working = True
             look_again_at = time.monotonic() + LONGEST_BACKLOG_SECONDS
             while backlog := [h.drop_id for h in swept if len(h.reservation_ids) >= batch]:
                 if time.monotonic() >= look_again_at:
                     return 0
-                swept = expire_drops(backlog, batch)
+                swept = expire_drops(backlog, batch, self.announce_now_and_then)
             next_deadline = seconds_until_next_deadline()
         except Exception as exc:
             if not may_pass(exc):
