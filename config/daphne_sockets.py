@@ -43,6 +43,11 @@ class LimitedSocket(WebSocketProtocol):
             reason = f"more than {settings.SOCKET_MESSAGE_BYTES} bytes"
             self._fail_connection(MESSAGE_TOO_LARGE, reason)
 
+    def onMessageFrameData(self, payload: bytes) -> None:
+        # A message may have any number of empty parts, and autobahn keeps them all.
+        if payload:
+            super().onMessageFrameData(payload)
+
     def processData(self) -> bool:
         """Read a part of what has arrived, and say whether to go on."""
         if self.failedByMe:

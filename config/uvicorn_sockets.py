@@ -1,14 +1,16 @@
 """uvicorn's sockets: what a client does wrong is no error here, and takes no memory.
 
 By itself uvicorn prints a traceback of a text that is not UTF-8, and fails where a close frame
-came right behind; it answers each ping of a client that doesn't read the answers; and it leaves
-a handshake without an answer whose address or header has more than 8 kB.
+came right behind; it answers each ping of a client that doesn't read the answers; it keeps each
+part of a message, of which there may be any number if they are empty; and it leaves a handshake
+without an answer whose address or header has more than 8 kB.
 """
 
 from django.conf import settings
 from uvicorn._types import ASGIReceiveEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets import http11
+from websockets.frames import Frame
 
 INVALID_TEXT = 1007
 
@@ -23,6 +25,13 @@ def take_and_refuse(socket: WebSocketsSansIOProtocol, data: bytes) -> None:
     if not socket.handshake_initiated and socket.conn.handshake_exc is not None:
         socket.transport.write(b"".join(socket.conn.data_to_send()))
         socket.transport.close()
+
+
+def take_part(socket: WebSocketsSansIOProtocol, part: Frame) -> None:
+    if part.data:
+        socket.frames.append(bytes(part.data))
+    if part.fin:
+        socket.send_receive_event_to_app()
 
 
 def deliver_if_valid(socket: WebSocketsSansIOProtocol) -> None:
@@ -61,6 +70,7 @@ def install() -> None:
     # A handshake may be as long as any request.
     http11.MAX_LINE_LENGTH = settings.MAX_HEADER_BYTES
     for name, method in [
+        ("handle_cont", take_part),
         ("send_receive_event_to_app", deliver_if_valid),
         ("pause_writing", pause_writing),
         ("resume_writing", resume_writing),

@@ -1,5 +1,6 @@
 """What no WebSocket library would send: broken frames and handshakes, and far too much."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -14,9 +15,13 @@ import pytest
 from django.conf import settings
 from django.db import connection
 from twisted.internet.testing import StringTransport
-from websockets.frames import CloseCode
+from uvicorn import Config
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Frame, Opcode
 from websockets.sync.client import connect
 
+from config import uvicorn_sockets
 from config.daphne_sockets import LimitedSocketFactory
 from drops.tests.factories import DropFactory
 from tests.concurrency import another_session
@@ -317,6 +322,41 @@ def test_pings_are_answered_also_after_a_pause(served):
             answers += [payload] if opcode == PONG else []
         sender.join()
     assert answers == payloads
+
+
+EMPTY_PARTS = frame(TEXT, b"", is_last=False) + frame(CONTINUATION, b"", is_last=False) * 1000
+
+
+def test_a_message_may_be_in_any_number_of_empty_parts(web_server):
+    with raw_socket(web_server) as odd:
+        odd.line.sendall(EMPTY_PARTS + frame(CONTINUATION, b'{"action": "ping"}'))
+
+        assert json.loads(odd.next()[1])["type"] == "PONG"
+
+
+def test_empty_parts_take_no_memory_under_daphne():
+    socket = LimitedSocketFactory(None).buildProtocol(None)
+    socket.makeConnection(StringTransport())
+    socket.state, socket.application_queue = socket.STATE_OPEN, asyncio.Queue()
+    # As after a handshake.
+    socket.current_frame, socket.inside_message = None, False
+
+    socket.dataReceived(EMPTY_PARTS)
+
+    assert (socket.message_data_total_length, socket.message_data) == (0, [])
+
+
+def test_empty_parts_take_no_memory_under_uvicorn():
+    uvicorn_sockets.install()
+
+    async def take() -> list[bytes]:
+        socket = WebSocketsSansIOProtocol(Config(None), ServerState(), {})
+        socket.handle_text(Frame(Opcode.TEXT, b"", fin=False))
+        for _ in range(1000):
+            socket.handle_cont(Frame(Opcode.CONT, b"", fin=False))
+        return socket.frames
+
+    assert asyncio.run(take()) == [b""]
 
 
 def test_what_the_server_sends_may_be_larger_under_daphne_too():
