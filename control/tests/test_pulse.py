@@ -1,5 +1,7 @@
 import asyncio
 import json
+import socket
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +12,7 @@ from redis import Redis
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from realtime import presence
 from realtime.presence import count_sockets
 from reservations.tests.factories import ReservationFactory
 from users.models import User
@@ -55,11 +58,41 @@ def test_the_sockets_of_all_processes_are_counted_together(web_servers, follow_p
 
 
 def test_another_installation_on_the_same_redis_counts_its_own_sockets(settings):
-    with Redis.from_url(settings.REDIS_URL) as redis:
-        for installation in ("one", "another"):
-            redis.set(f"{installation}:sockets:host:1", len(installation), ex=60)
-    settings.CHANNEL_PREFIX = "another"
-    assert asyncio.run(count_sockets()) == len("another")
+    async def count() -> list[int | None]:
+        counts = []
+        async with presence.connect() as redis:
+            for number, settings.CHANNEL_PREFIX in enumerate(["one", "another"], 1):
+                await presence.report(redis, number)
+                counts.append(await count_sockets())
+            await redis.delete(*map(presence.number_key, await names()))
+            return [*counts, await count_sockets()]
+
+    async def names() -> set[str]:
+        async with presence.connect() as redis:
+            return await redis.smembers(presence.names_key())
+
+    # And none of a process that is gone.
+    assert asyncio.run(count()) == [1, 2, 0]
+    assert asyncio.run(names()) == set()
+
+
+def test_the_pulse_looks_at_no_keys_but_its_own(settings):
+    """In a sale there are hundreds of thousands of them, of rate limits and signatures."""
+    settings.CHANNEL_PREFIX = "quiet"
+    with Redis.from_url(settings.REDIS_URL, decode_responses=True) as redis:
+        redis.config_resetstat()
+        assert asyncio.run(count_sockets()) == 0
+        assert "cmdstat_scan" not in redis.info("commandstats")
+
+
+def test_the_pulse_does_not_wait_for_a_redis_that_hangs(settings):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings.REDIS_URL = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+
+        assert asyncio.run(count_sockets()) is None
+
+    assert time.monotonic() - began < 4
 
 
 def test_the_pulse_is_for_staff_who_may_view_drops(follow_pulse):
