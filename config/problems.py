@@ -163,7 +163,8 @@ def problem(error: APIException, request_id: str) -> dict[str, Any]:
         "type": f"urn:sneaker-drops:problem:{code}",
         "title": code.replace("_", " ").capitalize(),
         "status": int(error.status_code),
-        "detail": str(error.detail),
+        # It may quote the client, and a lone surrogate fits into no UTF-8 answer.
+        "detail": encodable(str(error.detail)),
         "code": code,
         "request_id": request_id,
     }
@@ -197,7 +198,7 @@ def field_errors(detail: Any, path: str = "") -> Iterator[dict[str, str]]:
             is_leaf = isinstance(inner, exceptions.ErrorDetail)
             yield from field_errors(inner, path if is_leaf else f"{path}[{index}]")
     else:
-        # Both may quote the client, and a lone surrogate fits into no UTF-8 answer.
+        # Both may quote the client.
         yield {"field": encodable(path), "code": detail.code, "detail": encodable(str(detail))}
 
 

@@ -1,5 +1,6 @@
 """IDENTITY_MODE=jwt: only good tokens of our own provider are believed."""
 
+import asyncio
 import json
 import time
 import uuid
@@ -7,6 +8,8 @@ import uuid
 import jwt
 import pytest
 
+from drops.tests.factories import DropFactory
+from tests.hot import hot_lane, viewset_lane
 from tests.identities import (
     AUDIENCE,
     ISSUER,
@@ -198,6 +201,27 @@ def test_chooses_a_key_of_the_file_and_hears_of_changes(tmp_path, monkeypatch):
         assert identity_of(signed_by(1))
         with pytest.raises(InvalidIdentity):
             identity_of(old)
+
+
+@pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
+@pytest.mark.django_db(transaction=True)
+def test_half_a_character_that_a_refusal_quotes_is_no_error_of_the_server(lane):
+    head = encoded({"alg": "RS256", "typ": "JWT", "crit": ["\ud800"]})
+    headers = {"Authorization": f"Bearer {head}.{token(ADA).partition('.')[2]}"}
+    drop = DropFactory()
+
+    async def ask(application):
+        return [
+            await application.post(f"/api/drops/{drop.pk}/reserve", None, **headers),
+            await application.get("/api/drops", **headers),
+        ]
+
+    with lane() as application:
+        answers = asyncio.run(ask(application))
+
+    for answer in answers:
+        assert (answer.status, answer.json()["code"]) == (401, "invalid_identity")
+        assert answer.json()["detail"].endswith("Unsupported critical extension: ?")
 
 
 def test_a_verified_stranger_becomes_a_user(client_of, db):
