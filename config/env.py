@@ -11,8 +11,6 @@ from typing import Any
 import environ
 import jwt
 
-_env = environ.Env()
-
 SECRET_LENGTH = 32
 # How the secrets of docs/examples begin, which everybody can read.
 PLACEHOLDER = "change-me"
@@ -48,7 +46,8 @@ def is_set(name: str) -> bool:
 
 
 def text(name: str, default: str) -> str:
-    return _env.str(name, default=default).strip()
+    # Not by django-environ: it takes what begins with $ for the name of another variable.
+    return os.environ.get(name, default).strip()
 
 
 def required(name: str, why: str) -> str:

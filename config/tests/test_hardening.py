@@ -204,6 +204,16 @@ def test_the_secrets_of_the_example_are_refused():
     assert lines[-1] == "fine"
 
 
+def test_a_value_that_begins_with_a_dollar_is_that_value():
+    """Not the name of another variable: of fifty keys that Django makes, one begins like this."""
+    lines = starts({"SECRET_KEY": "$" + SECRET * 2}, {"METRICS_TOKEN": "$hunter2"})
+
+    assert lines == [
+        "fine",
+        "METRICS_TOKEN='***' is not usable: it must have 32 characters or more.",
+    ]
+
+
 def test_headers_may_be_trusted_where_somebody_says_so():
     trusted = {"IDENTITY_MODE": "header", "TRUST_IDENTITY_HEADERS": "true", "GATEWAY_SECRETS": ""}
 
