@@ -10,6 +10,7 @@ from typing import Any
 
 import environ
 import jwt
+from redis.connection import parse_url
 
 SECRET_LENGTH = 32
 # How the secrets of docs/examples begin, which everybody can read.
@@ -222,6 +223,16 @@ def url(name: str, schemes: set[str], parse: Callable[[str], Any]) -> Any:
         return parse(value)
     except Exception:
         raise InvalidSetting(name, without_password(value), allowed) from None
+
+
+def readable_redis_url(value: str) -> str:
+    """Return ``value`` if Redis' client can read it; it would be asked for each connection.
+
+    Raises:
+        ValueError: it can't, as where a password that is not quoted makes something else of it.
+    """
+    parse_url(value)
+    return value
 
 
 def without_password(value: str) -> str:

@@ -189,7 +189,7 @@ def redis_url() -> str:
     if EMBEDDED is not None and not env.is_set("REDIS_URL"):
         return EMBEDDED.redis_url
     env.required("REDIS_URL", "when DEBUG is off, like redis://host:6379/0")
-    return env.url("REDIS_URL", {"redis", "rediss", "unix"}, str)
+    return env.url("REDIS_URL", {"redis", "rediss", "unix"}, env.readable_redis_url)
 
 
 REDIS_URL = redis_url()

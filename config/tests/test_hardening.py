@@ -143,6 +143,8 @@ UNUSABLE = {
         {"DATABASE_URL": "mysql://drops:@hunter2/?#@db/drops"},
         "DATABASE_URL",
     ),
+    "a password with a hash": ({"REDIS_URL": "redis://:hunter2#@redis:6379/0"}, "REDIS_URL"),
+    "no port of Redis": ({"REDIS_URL": "redis://:hunter2@redis:port/0"}, "REDIS_URL"),
 }
 
 
