@@ -1,9 +1,11 @@
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db import OperationalError, ProgrammingError
+from django.db import Error
 from psycopg import errors as postgres
 from psycopg_pool import PoolTimeout
+
+from config.problems import is_outage
 
 
 class DatabaseCommand(BaseCommand):
@@ -12,7 +14,7 @@ class DatabaseCommand(BaseCommand):
     def execute(self, *args: Any, **options: Any) -> str | None:
         try:
             return super().execute(*args, **options)
-        except (OperationalError, PoolTimeout, ProgrammingError) as exc:
+        except (Error, PoolTimeout) as exc:
             if (sentence := sentence_for(exc)) is None:
                 raise
             raise CommandError(sentence, returncode=2) from exc
@@ -20,10 +22,13 @@ class DatabaseCommand(BaseCommand):
 
 def sentence_for(exc: Exception) -> str | None:
     """Return what to tell an operator of ``exc``; None where it is a mistake of ours."""
-    if isinstance(exc, ProgrammingError):
-        if isinstance(exc.__cause__, postgres.UndefinedTable):
-            return "There are no tables yet. Run manage.py migrate first."
-        return None
-    if isinstance(exc.__cause__, postgres.LockNotAvailable | postgres.DeadlockDetected):
+    cause = exc.__cause__
+    if isinstance(cause, postgres.UndefinedTable):
+        return "There are no tables yet. Run manage.py migrate first."
+    if isinstance(cause, postgres.LockNotAvailable | postgres.DeadlockDetected):
         return "The tables are in use. Try again in a moment."
-    return f"The database can't be reached: {exc}"
+    if isinstance(cause, postgres.ReadOnlySqlTransaction):
+        return f"The database takes no changes: {exc}. Is it the primary?"
+    if isinstance(cause, postgres.QueryCanceled):
+        return f"The database gave up: {exc}"
+    return f"The database can't be reached: {exc}" if is_outage(exc) else None

@@ -7,7 +7,16 @@ from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-COMMANDS = ["audit_stock", "prune", "prune_events", "seed"]
+from reservations.tests.factories import ReservationFactory
+
+COMMANDS = {
+    "audit_stock": {},
+    "expire_reservations": {"once": True},
+    "prune": {},
+    "prune_events": {},
+    "rehearse": {"clean": True},
+    "seed": {},
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -16,11 +25,46 @@ def test_a_command_before_the_first_migration_says_what_to_do(command, settings)
     settings.DEBUG = True
     with connection.cursor() as cursor:
         cursor.execute("SET search_path = nowhere")
-        with pytest.raises(CommandError, match=r"^There are no tables yet. Run .* migrate") as told:
-            call_command(command)
-        cursor.execute("RESET search_path")
+        try:
+            with pytest.raises(CommandError, match=r"^There are no tables yet. Run .*") as told:
+                call_command(command, **COMMANDS[command])
+        finally:
+            cursor.execute("RESET search_path")
 
     # 1 is what audit_stock says of stock that is wrong.
+    assert told.value.returncode == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.django_db(transaction=True)
+def test_a_command_on_a_database_that_takes_no_changes_says_so(command, settings):
+    settings.DEBUG = True
+    ReservationFactory(overdue=True)
+    with connection.cursor() as cursor:
+        cursor.execute("SET default_transaction_read_only = on")
+        try:
+            with pytest.raises(CommandError, match=r"^The database takes no changes: ") as told:
+                call_command(command, **COMMANDS[command])
+        finally:
+            cursor.execute("SET default_transaction_read_only = off")
+
+    assert told.value.returncode == 2
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_command_that_takes_too_long_does_not_say_that_there_is_no_database(monkeypatch):
+    def wait(*args, **options):
+        with connection.cursor() as cursor:
+            cursor.execute("SET statement_timeout = 10")
+            cursor.execute("SELECT pg_sleep(10)")
+
+    monkeypatch.setattr("purchases.management.commands.audit_stock.audit_stock", wait)
+    try:
+        with pytest.raises(CommandError, match=r"^The database gave up: .* timeout") as told:
+            call_command("audit_stock")
+    finally:
+        connection.close()
+
     assert told.value.returncode == 2
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from rich.console import Console
 from rich.live import Live
 
+from config.commands import DatabaseCommand
 from config.hot_routes import host_is_allowed
 from operations import rehearsal_display as display
 from operations.credentials import Credentials, NoCredentials, make_credentials, read_tokens
@@ -54,7 +55,7 @@ def number(lowest: float, highest: float, kind: type = int) -> Callable[[str], A
     return read
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Rehearse a drop on the running installation: synthetic shoppers on a drop that nobody "
         "else sees, then a verdict. Exits with 0 when ready, 1 when not, 2 when it could not be "

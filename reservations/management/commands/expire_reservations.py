@@ -3,9 +3,10 @@ import time
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import close_old_connections
 
+from config.commands import DatabaseCommand
 from config.garbage import collect_seldom
 from config.problems import may_pass
 from config.stopping import StopRequest
@@ -35,7 +36,7 @@ PAUSE_WITHOUT_DATABASE_SECONDS = 0.5
 WINDOW_PAUSE_SECONDS = 0.5
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     # By the monotonic clock, when windows were last looked at.
     announced_at = 0.0
     # Whether the last step could do its work; only then this process says that it lives.
