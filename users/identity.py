@@ -34,8 +34,10 @@ SIGNATURE_SECONDS = 60
 # str.strip() takes for blanks is half of an à or an Å.
 BLANKS = " \t"
 # The signed parts are joined by dots, and a name may look like the end of another request's
-# address with another user behind it. No address of ours has a UUID after a dot.
-READS_TWO_WAYS = re.compile(rb"\." + USUAL_UUID.pattern.encode())
+# address with another user behind it, an address like the beginning of another request's name.
+# No address of ours has a UUID after a dot, and nobody's name is one with a dot behind it.
+ADDRESS_READS_TWO_WAYS = re.compile(rb"\." + USUAL_UUID.pattern.encode())
+NAME_READS_TWO_WAYS = re.compile(rf"(?:^|\.){USUAL_UUID.pattern}\.")
 CHANGES_NOTHING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -114,8 +116,9 @@ def read_signed_headers(asking: Asking) -> Identity | None:
         )
     if abs(time.time() - float(parts[1])) > SIGNATURE_SECONDS:
         raise InvalidIdentity("The signature's time is more than 60 seconds away from now.")
-    signed = signed_text(parts[1], asking, user_id.strip(BLANKS), (name or "").strip(BLANKS))
-    if READS_TWO_WAYS.search(asking.target) or not is_signed(signed, parts[2]):
+    signed_name = (name or "").strip(BLANKS)
+    signed = signed_text(parts[1], asking, user_id.strip(BLANKS), signed_name)
+    if reads_two_ways(asking.target, signed_name) or not is_signed(signed, parts[2]):
         raise InvalidIdentity("The signature does not belong to this request.")
     identity = read_identity(user_id, name)
     may_repeat = asking.method in CHANGES_NOTHING and not asking.opens_socket
@@ -136,6 +139,10 @@ def signed_text(at: str, asking: Asking, user_id: str, name: str) -> bytes:
             hashlib.sha256(asking.body()).hexdigest().encode(),
         )
     )
+
+
+def reads_two_ways(target: bytes, name: str) -> bool:
+    return bool(ADDRESS_READS_TWO_WAYS.search(target) or NAME_READS_TWO_WAYS.search(name))
 
 
 def is_signed(text: bytes, signature: str) -> bool:

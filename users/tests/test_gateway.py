@@ -145,6 +145,17 @@ def test_refuses_the_other_reading_of_a_name_that_looks_like_a_user():
         identify(asking(headers | {"X-User-Id": grace}, target=f"{TARGET}&y=.{ADA}"))
 
 
+@pytest.mark.parametrize("end", ["", ".", ".Hopper"])
+def test_refuses_the_other_reading_of_an_address_that_looks_like_a_user(end):
+    """``target.GRACE.ADA`` is Ada at an address of her choice, or Grace named after Ada's id."""
+    grace = "2c5f39cb-30b2-4e3f-994a-caba72cef40c"
+    headers = signed("POST", f"{TARGET}.{grace}{end}", ADA, name="Ada")
+    name = f"{end}.{ADA}.Ada".removeprefix(".")
+
+    with pytest.raises(InvalidIdentity):
+        identify(asking(headers | {"X-User-Id": grace, "X-User-Name": name}))
+
+
 # --- Once -------------------------------------------------------------------------------
 
 
