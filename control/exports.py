@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar, cast
 
@@ -24,6 +25,9 @@ ROWS_PER_READ = 1000
 # What a spreadsheet takes for the beginning of a formula; the last four are the full-width signs.
 # Source: https://owasp.org/www-community/attacks/CSV_Injection
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+# Cells end at commas here, and theirs are quoted; but some spreadsheets end them at a semicolon
+# or a tab, and know no quotes that don't begin a cell.
+INNER_CELL = re.compile('([;\t\r\n][" ]*)(?=[=+\\-@\uff1d\uff0b\uff0d\uff20])')
 
 
 class CsvResource(ModelResource):
@@ -31,8 +35,10 @@ class CsvResource(ModelResource):
 
     def export_field(self, field: Any, instance: Model, **kwargs: Any) -> Any:
         value = super().export_field(field, instance, **kwargs)
-        is_formula = isinstance(value, str) and value.startswith(FORMULA_STARTS)
-        return f"'{value}" if is_formula else value
+        if not isinstance(value, str):
+            return value
+        text = INNER_CELL.sub(r"\1'", value)
+        return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 class ExportAdmin(RowAdmin):

@@ -74,6 +74,17 @@ def test_a_formula_is_exported_as_text(admin_client, start):
 
 
 @pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("separator", [*";\t\r\n", ";;", '";', ';"', "; "])
+def test_a_formula_behind_what_a_spreadsheet_takes_for_a_separator_is_text(admin_client, separator):
+    """Where numbers have a comma, Excel parts cells at semicolons; LibreOffice does so anywhere."""
+    DropFactory(name=f"Ember{separator}=1+1{separator}+2;3")
+
+    _, line = read_csv(admin_client, Drop)
+
+    assert line[1] == f"Ember{separator}'=1+1{separator}'+2;3"
+
+
+@pytest.mark.django_db(transaction=True)
 def test_a_long_list_is_read_in_parts_and_complete(admin_client, monkeypatch):
     monkeypatch.setattr(exports, "ROWS_PER_READ", 10)
     drop = DropFactory(total_stock=100)
