@@ -5,11 +5,11 @@ from collections.abc import Callable
 from django.conf import settings
 from django.core.exceptions import DisallowedHost
 from django.http import HttpRequest, HttpResponse, HttpResponseNotFound
-from rest_framework.exceptions import ParseError
+from rest_framework.exceptions import APIException, ParseError
 from servestatic.middleware import ServeStaticMiddleware
 from servestatic.responders import MissingFileError
 
-from config.problems import problem_response, to_api_exception
+from config.problems import headers, may_pass, problem_response, to_api_exception
 
 # What starts like this is the asking user's alone, errors too: no cache may keep it.
 PRIVATE = ("/api/me", "/api/reservations", "/api/purchases", "/api/ws-ticket")
@@ -17,7 +17,7 @@ USABLE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Give each request an id, and answer what no view caught under ``/api`` as a problem."""
+    """Give each request an id, and answer what no view caught: problems, and outages on pages."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self.get_response = get_response
@@ -36,9 +36,20 @@ class RequestIdMiddleware:
         return response
 
     def process_exception(self, request: HttpRequest, exc: Exception) -> HttpResponse | None:
-        if not request.path.startswith("/api/"):
-            return None
-        return problem_response(request, to_api_exception(exc))
+        if request.path.startswith("/api/"):
+            return problem_response(request, to_api_exception(exc))
+        # A page's mistakes are for Django to show; an outage is none, and passes.
+        return outage_page(to_api_exception(exc)) if may_pass(exc) else None
+
+
+def outage_page(error: APIException) -> HttpResponse:
+    """Say on a page that the database is away, or has too much to do."""
+    return HttpResponse(
+        str(error.detail),
+        status=error.status_code,
+        headers=headers(error),
+        content_type="text/plain",
+    )
 
 
 class ContentSecurityPolicyMiddleware:

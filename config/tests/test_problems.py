@@ -5,7 +5,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from django.db import InternalError, connection, transaction
+from django.db import InternalError, OperationalError, connection, transaction
+from django.urls import reverse
 
 from config.problems import Unavailable, to_api_exception
 from drops.group_commit import Failure, settle_apart
@@ -77,4 +78,24 @@ def test_so_it_is_for_a_batch(caplog):
     (answered,) = settle_apart(write_where_nothing_can_be_written, batch, Wait.BRIEFLY)
 
     assert [type(answer) for _, answer in answered] == [Failure] * 2
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("page", ["home", "drop", "holds", "admin:index"])
+def test_a_page_without_the_database_says_when_to_come_again(admin_client, caplog, page):
+    drop = DropFactory()
+    address = reverse(page) if page in ("home", "admin:index") else f"/drops/{drop.pk}"
+    if page == "holds":
+        address += "/holds"
+
+    def refuse(execute, sql, params, many, context):
+        raise OperationalError("the server closed the connection unexpectedly")
+
+    # As a server does it, and not the test.
+    admin_client.raise_request_exception = False
+    with connection.execute_wrapper(refuse):
+        answer = admin_client.get(address)
+
+    assert (answer.status_code, answer["Retry-After"]) == (503, "1")
+    assert "can't be reached just now" in answer.content.decode()
     assert "Traceback" not in caplog.text
