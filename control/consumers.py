@@ -8,10 +8,9 @@ from typing import Any
 
 from channels.auth import get_user
 from channels.db import database_sync_to_async
-from django.db import DatabaseError
-from psycopg_pool import PoolTimeout
 
-from realtime.consumers import INVALID_IDENTITY, TOO_MANY_NEW, Closing, Consumer
+from realtime.consumers import INVALID_IDENTITY, TOO_MANY_NEW, Closing, Consumer, why
+from realtime.hub import OUTAGES
 from realtime.presence import count_sockets
 from reservations.services import seconds_overdue
 from users.sessions import SessionStore
@@ -32,8 +31,8 @@ class ControlConsumer(Consumer):
             await self._check_rate("socket", TOO_MANY_NEW)
             if not await self.is_allowed():
                 raise Closing(NOT_ALLOWED, "for staff who may view drops")
-        except Closing as exc:
-            return await self.close(exc.code, exc.reason)
+        except (Closing, *OUTAGES) as exc:
+            return await self.close(*why(exc))
         self.pulse = asyncio.create_task(self.send_pulse())
 
     async def is_allowed(self) -> bool:
@@ -50,7 +49,7 @@ class ControlConsumer(Consumer):
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 # While the database is away there is nothing to tell; the page sees the silence.
-                with contextlib.suppress(DatabaseError, PoolTimeout):
+                with contextlib.suppress(*OUTAGES):
                     if not await self.is_allowed():
                         return await self.close(INVALID_IDENTITY, "no longer signed in, or allowed")
                     await self.send(text_data=await pulse_frame())

@@ -5,13 +5,17 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from channels.testing import WebsocketCommunicator
 from django.contrib.auth.models import Permission
 from django.contrib.sessions.models import Session
+from django.db import OperationalError
 from django.test import Client
 from redis import Redis
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from config.asgi import application
+from control import consumers
 from realtime import presence
 from realtime.presence import count_sockets
 from reservations.tests.factories import ReservationFactory
@@ -127,3 +131,25 @@ def test_the_pulse_is_not_for_pages_of_other_sites(follow_pulse):
     for origin in ("https://elsewhere.example", None):
         with pytest.raises(InvalidStatus, match="403"):
             follow_pulse(boss, origin=origin)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_without_the_database_nobody_is_let_in_and_all_are_asked_to_try_again(monkeypatch):
+    def refuse(user):
+        raise OperationalError("the server closed the connection unexpectedly")
+
+    monkeypatch.setattr(consumers, "may_view_drops", refuse)
+
+    async def closed():
+        headers = [(b"host", b"localhost"), (b"origin", b"http://localhost")]
+        socket = WebsocketCommunicator(application, "/ws/control", headers)
+        await socket.connect(timeout=20)
+        answer = await socket.receive_output(timeout=20)
+        await socket.disconnect(timeout=20)
+        return answer
+
+    assert asyncio.run(closed()) == {
+        "type": "websocket.close",
+        "code": 1013,
+        "reason": "try again later",
+    }
