@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,7 +60,10 @@ def retry_soon() -> None:
         backoff.INITIAL_DELAY = 0.05
 
 
-_checking = threading.Lock()
+_caring = threading.Lock()
+# By the monotonic clock, when all connections were last replaced, and how soon they may be again.
+_replaced_at = float("-inf")
+REPLACE_AGAIN_SECONDS = 1.0
 
 
 def discard_dead_connections() -> None:
@@ -68,14 +72,31 @@ def discard_dead_connections() -> None:
     By itself it finds dead ones one by one as they are asked for, and waits longer and
     longer between them: after a restart of the database that takes many seconds.
     """
-    if _checking.acquire(blocking=False):
-        threading.Thread(target=_check_pool, name="pool-check", daemon=True).start()
+    _care_for_pool("check")
 
 
-def _check_pool() -> None:
+def replace_connections() -> None:
+    """Have the pool make all its connections anew; called where the database takes no changes.
+
+    After a failover they may lead to what was the primary, or is to become it. They live, so
+    the pool would hand them out for another hour.
+    """
+    global _replaced_at
+    now = time.monotonic()
+    if now - _replaced_at >= REPLACE_AGAIN_SECONDS:
+        _replaced_at = now
+        _care_for_pool("drain")
+
+
+def _care_for_pool(how: str) -> None:
+    if _caring.acquire(blocking=False):
+        threading.Thread(target=_call_pool, args=[how], name=f"pool-{how}", daemon=True).start()
+
+
+def _call_pool(how: str) -> None:
     try:
         pool = connection.pool  # type: ignore[attr-defined]
         if pool is not None:
-            pool.check()
+            getattr(pool, how)()
     finally:
-        _checking.release()
+        _caring.release()

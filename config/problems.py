@@ -15,7 +15,7 @@ from rest_framework import exceptions
 from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 
-from config.database import discard_dead_connections
+from config.database import discard_dead_connections, replace_connections
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def to_api_exception(exc: Exception) -> APIException:
         return exceptions.PermissionDenied()
     if is_outage(exc):
         logger.warning("database: %s", exc)
-        discard_dead_connections()
+        care_for_connections(exc)
         return Unavailable()
     if isinstance(exc, OperationalError):
         logger.warning("database: %s", exc)
@@ -149,6 +149,14 @@ def is_outage(exc: Exception) -> bool:
     if isinstance(exc.__cause__, passing):
         return True
     return isinstance(exc, InterfaceError | psycopg_pool.PoolTimeout)
+
+
+def care_for_connections(exc: Exception) -> None:
+    """Have the pool give up what an outage, ``exc``, has left of no use in it."""
+    if isinstance(exc.__cause__, postgres.ReadOnlySqlTransaction):
+        replace_connections()
+    else:
+        discard_dead_connections()
 
 
 def may_pass(exc: Exception) -> bool:

@@ -1,14 +1,20 @@
 """Statements that go out together, and the pool when the database takes its connections away."""
 
+import threading
 import time
 
 import psycopg
 import pytest
-from django.db import DataError, connection, transaction
+from django.db import DataError, InternalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from psycopg_pool import ConnectionPool
 
+from config import database
 from config.database import Statement, execute_together
+from config.problems import Unavailable, to_api_exception
+from reservations.management.commands import expire_reservations
+from reservations.models import ReservationStatus
+from reservations.tests.factories import ReservationFactory
 from tests.concurrency import plain_parameters
 from users.models import User
 from users.tests.factories import UserFactory
@@ -70,3 +76,45 @@ def test_all_are_done_or_none(db):
         execute_together([rename(one, "new"), rename(other, "too long" * 100)])
 
     assert names(one, other) == ["one", "other"]
+
+
+@pytest.fixture
+def old_primary(transactional_db, monkeypatch):
+    """Make this thread's connection one that takes no changes."""
+    monkeypatch.setattr(database, "_replaced_at", float("-inf"))
+    with connection.cursor() as cursor:
+        cursor.execute("SET default_transaction_read_only = on")
+    yield
+    connection.close()
+
+
+def wait_for_drain() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "pool-drain":
+            thread.join(20)
+
+
+def test_connections_to_what_is_no_longer_the_primary_are_given_up(old_primary):
+    """They live, and the pool would hand them out for an hour."""
+    with pytest.raises(InternalError) as refused:
+        User.objects.create(username="one")
+
+    assert isinstance(to_api_exception(refused.value), Unavailable)
+    wait_for_drain()
+    connection.close()
+    User.objects.create(username="one")
+
+
+def test_the_expiry_loop_gives_them_up_too(transactional_db, request, monkeypatch):
+    hold = ReservationFactory(overdue=True)
+    request.getfixturevalue("old_primary")
+    loop = expire_reservations.Command()
+    # The pool may have another one.
+    monkeypatch.setattr(expire_reservations, "close_old_connections", lambda: None)
+
+    assert loop.step(batch=1) == expire_reservations.PAUSE_WITHOUT_DATABASE_SECONDS
+    wait_for_drain()
+    connection.close()
+    loop.step(batch=1)
+    hold.refresh_from_db()
+    assert hold.status == ReservationStatus.EXPIRED

@@ -8,7 +8,7 @@ from django.db import close_old_connections
 
 from config.commands import DatabaseCommand
 from config.garbage import collect_seldom
-from config.problems import may_pass
+from config.problems import care_for_connections, may_pass
 from config.stopping import StopRequest
 from drops.services import announce_windows
 from operations import metrics
@@ -103,6 +103,7 @@ class Command(DatabaseCommand):
             if not may_pass(exc):
                 raise
             logger.warning("the database can't be reached, trying again: %s", exc)
+            care_for_connections(exc)
             close_old_connections()
 
     def step(self, batch: int) -> float:
@@ -124,6 +125,7 @@ class Command(DatabaseCommand):
             if not may_pass(exc):
                 raise
             logger.warning("the database can't be reached, trying again: %s", exc)
+            care_for_connections(exc)
             return PAUSE_WITHOUT_DATABASE_SECONDS
         for holds in swept:
             logger.info("drop %s: %d holds expired", holds.drop_id, len(holds.reservation_ids))
