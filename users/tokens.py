@@ -45,23 +45,27 @@ def verify(token: str) -> tuple[uuid.UUID, str | None, float]:
     if settings.JWT_JWKS_FILE:
         # First, because a key that was taken away takes its remembered tokens with it.
         key_file.refresh()
+    # Another thread may find new keys before this token is verified: it is remembered beside
+    # those of the old ones, which nobody asks for any more.
+    verified = _verified
     digest = hashlib.sha256(token.encode()).digest()
-    known = _verified.get(digest)
+    known = verified.get(digest)
     if known is None:
         claims = read_claims(token)
         known = user_id_of(claims), name_of(claims), claims["exp"] + LEEWAY_SECONDS
-        if len(_verified) >= MAX_REMEMBERED:
-            _verified.clear()
-        _verified[digest] = known
+        if len(verified) >= MAX_REMEMBERED:
+            verified.clear()
+        verified[digest] = known
     if time.time() >= known[2]:
-        _verified.pop(digest, None)
+        verified.pop(digest, None)
         raise InvalidIdentity("The token is not valid: Signature has expired.")
     return known
 
 
 def forget_verified() -> None:
     """Verify every token anew: the keys, or what is asked of tokens, have changed."""
-    _verified.clear()
+    global _verified
+    _verified = {}
 
 
 def read_claims(token: str) -> dict[str, Any]:

@@ -203,6 +203,32 @@ def test_chooses_a_key_of_the_file_and_hears_of_changes(tmp_path, monkeypatch):
             identity_of(old)
 
 
+def test_a_key_that_is_taken_away_while_its_token_is_read_opens_nothing_later(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokens, "FILE_SECONDS", 0)
+    file = tmp_path / "jwks.json"
+    file.write_text(jwks(0))
+    read_claims = tokens.read_claims
+
+    def read_slowly(given):
+        claims = read_claims(given)
+        # Another thread has a token, too, and finds the new file.
+        (tmp_path / "new.json").write_text(jwks(1))
+        (tmp_path / "new.json").replace(file)
+        tokens.key_file.refresh()
+        return claims
+
+    with identity_mode("jwt", JWT_KEY="", JWT_JWKS_FILE=str(file)):
+        old = signed_by(0)
+        monkeypatch.setattr(tokens, "read_claims", read_slowly)
+        assert identity_of(old)
+        monkeypatch.setattr(tokens, "read_claims", read_claims)
+
+        with pytest.raises(InvalidIdentity):
+            identity_of(old)
+
+
 @pytest.mark.parametrize("lane", [hot_lane, viewset_lane])
 @pytest.mark.django_db(transaction=True)
 def test_half_a_character_that_a_refusal_quotes_is_no_error_of_the_server(lane):
