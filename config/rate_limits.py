@@ -26,6 +26,8 @@ from config.redis import ask_redis, connection_pool
 from operations import metrics
 
 SHARE_ALONE = 0.1
+# By so much the clocks of machines may differ that count together; what differs by more was set.
+CLOCKS_DIFFER_SECONDS = 1
 # Beyond this many keys the counts of a window are forgotten early.
 MAX_KEYS = 100_000
 
@@ -77,22 +79,28 @@ class Limit:
         Raises:
             RateLimited: there was no room a moment ago, and can't be any yet.
         """
-        if now >= self._turn_at or len(self._counts) > MAX_KEYS:
+        if not self._is_ahead(self._turn_at, now) or len(self._counts) > MAX_KEYS:
             self._turn(now)
         until = self._refused.get(key)
-        if until is not None and now < until:
+        if until is not None and self._is_ahead(until, now):
             raise self.refusal(until - now)
         count = self._counts.get(key, 0) + 1
         self._counts[key] = count
         return count + self._counts_before.get(key, 0)
 
+    def _is_ahead(self, at: float, now: float) -> bool:
+        """Say whether ``at`` is to come; more than a window ahead it was set by another clock."""
+        return now < at <= now + self.seconds + CLOCKS_DIFFER_SECONDS
+
     def _turn(self, now: float) -> None:
         with self._turning:
-            if now >= self._turn_at or len(self._counts) > MAX_KEYS:
+            if not self._is_ahead(self._turn_at, now) or len(self._counts) > MAX_KEYS:
                 self._counts_before = self._counts if now < self._turn_at + self.seconds else {}
                 self._counts = {}
                 self._turn_at = now + self.seconds
-                self._refused = {key: end for key, end in self._refused.items() if end > now}
+                self._refused = {
+                    key: end for key, end in self._refused.items() if self._is_ahead(end, now)
+                }
 
     def ask(self, key: Key, count: int) -> None:
         """Count the request where all processes do; may wait for Redis.
@@ -119,7 +127,7 @@ class Limit:
 
     def refusal(self, seconds: float) -> RateLimited:
         self._refusals.add()
-        wait = max(1, math.ceil(seconds))
+        wait = max(1, min(math.ceil(seconds), self.seconds))
         return RateLimited(
             f"More than {self.amount} {self._what} in {self.seconds} s from this {self.kind}.",
             wait,

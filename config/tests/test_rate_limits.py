@@ -166,6 +166,24 @@ def test_a_refused_one_is_refused_from_memory(limits, monkeypatch):
     assert let_pass(process, somebody, 50) == 0
 
 
+def test_who_is_refused_when_the_clock_is_set_back_waits_for_a_window_and_no_longer(
+    limits, monkeypatch
+):
+    process, somebody = limits(user="2/minute"), uuid.uuid4()
+    let_pass(process, somebody, 3)
+    hour_ago, began = time.time() - 3600, time.monotonic()
+    now = lambda: hour_ago + time.monotonic() - began  # noqa: E731
+    monkeypatch.setattr(rate_limits.time, "time", now)
+
+    with pytest.raises(RateLimited) as refused:
+        process.check("reserve", somebody, lambda: "a")
+    # Redis counts by its own clock when to forget.
+    rate_limits.shared_windows().storage.reset()
+
+    assert refused.value.retry_after_seconds <= 60
+    assert let_pass(process, somebody, 3) == 2
+
+
 # --- In answers -------------------------------------------------------------------------
 
 
