@@ -276,9 +276,11 @@ def public_hex(identity: Identity) -> str:
     return uuid.UUID(public_id(identity.user_id)).hex
 
 
-# The second is free as a rule, the third always: it is the id, or the hash of it.
+# The second is free as a rule. The third is the id, or the hash of it: free unless somebody has
+# taken it on purpose, who can't foresee the last.
 NAME_ATTEMPTS: tuple[Callable[[Identity], str], ...] = (
     wanted_name,
     lambda identity: f"{wanted_name(identity)}_{public_hex(identity)[-6:]}",
     public_hex,
+    lambda identity: uuid.uuid4().hex,
 )

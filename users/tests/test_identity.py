@@ -5,7 +5,7 @@ import pytest
 
 from tests.concurrency import at_once
 from users.exceptions import InvalidIdentity, UnknownUser
-from users.identity import Identity, get_user, public_id, read_identity
+from users.identity import Identity, clean_name, get_user, public_id, read_identity
 from users.models import User
 from users.tests.factories import UserFactory
 
@@ -123,6 +123,20 @@ def test_falls_back_to_the_whole_id_where_the_suffixed_name_is_taken_too(db):
     UserFactory(username="Ada_bde3fb")
 
     assert get_user(read_identity(SOMEBODY, "Ada")).username == uuid.UUID(SOMEBODY).hex
+
+
+@pytest.mark.parametrize("name", ["Ada", None])
+def test_nobody_can_take_all_the_names_that_somebody_could_get(db, name):
+    """Names are what clients say: three of them kept somebody whose id they knew from coming in."""
+    pk = uuid.UUID(SOMEBODY)
+    wanted = name or f"user_{pk.hex[:12]}"
+    for taken in (wanted, f"{wanted}_{pk.hex[-6:]}", pk.hex):
+        assert get_user(Identity(uuid.uuid4(), clean_name(taken))).username == taken
+
+    user = get_user(Identity(pk, name))
+
+    assert user.pk == pk
+    assert len(user.username) == 32
 
 
 def test_a_suffix_fits_the_longest_name(db):
