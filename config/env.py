@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from io import StringIO
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ PUBLIC_KEY_ALGORITHMS = {
 SECRET_ALGORITHMS = {"HS256", "HS384", "HS512"}
 # Up to the last @: a password that is not quoted may hold one, or a slash.
 PASSWORD = re.compile(r"(//[^:/@]*:).*@", re.S)
+# The lines of .env that django-environ reads, and those that say nothing.
+ENTRY = re.compile(r"(?:export )?[A-Za-z_0-9]+=.*")
+REMARK = re.compile(r"\s*(?:#.*)?")
 RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
@@ -37,9 +41,16 @@ class InvalidSetting(SystemExit):
 
 
 def load_dotenv(path: Path) -> None:
-    """Read ``path`` where it exists; variables that are already set win."""
-    if path.is_file():
-        environ.Env.read_env(str(path))
+    """Read ``path`` where it exists and may be read; variables that are already set win."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() if path.is_file() else []
+    except OSError:
+        return
+    for number, line in enumerate(lines, 1):
+        if not (ENTRY.fullmatch(line) or REMARK.fullmatch(line)):
+            # Not shown: django-environ would print it, and leave out what it sets.
+            raise SystemExit(f"{path}, line {number}, is not usable: it must be NAME=value.")
+    environ.Env.read_env(StringIO("\n".join(filter(ENTRY.fullmatch, lines))))
 
 
 def is_set(name: str) -> bool:

@@ -216,6 +216,20 @@ def test_a_value_that_begins_with_a_dollar_is_that_value():
     ]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [f"METRICS_TOKEN = {SECRET}", f" METRICS_TOKEN={SECRET}", f"METRICS_TOKEN: {SECRET}", SECRET],
+)
+def test_a_line_of_the_file_that_is_none_stops_the_start_and_is_not_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"# Comment\n\nexport PORT='4001'\nA=\n  # Too\n \n{line}\n")
+    load = "import pathlib, sys; from config import env; env.load_dotenv(pathlib.Path(sys.argv[1]))"
+
+    result = run("-c", load, str(tmp_path / ".env"))
+
+    assert result.returncode == 1
+    assert result.stderr == f"{tmp_path}/.env, line 7, is not usable: it must be NAME=value.\n"
+
+
 def test_headers_may_be_trusted_where_somebody_says_so():
     trusted = {"IDENTITY_MODE": "header", "TRUST_IDENTITY_HEADERS": "true", "GATEWAY_SECRETS": ""}
 
