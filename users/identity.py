@@ -24,6 +24,8 @@ from users.tokens import USUAL_UUID
 NAME_LENGTH = range(3, 51)
 NOT_PRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069"
+    # Hyphens that are not shown, joiners, letters and patterns that are blank, marks of notes.
+    r"\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufff9-\ufffb"
     # Halves of characters, which JSON can hold and the database can't; tags.
     r"\ud800-\udfff\ufeff\U000e0000-\U000e007f]"
 )

@@ -60,7 +60,13 @@ def test_names_a_user_after_the_claims():
     assert identity_of(bearer(ADA, name=["Ada"])).name is None
 
 
-@pytest.mark.parametrize("name", ["\ud800Ada", "Ada\u061c", "A\u180eda", "Ada\U000e0041\U000e007f"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("\ud800Ada", "Ada\u061c", "A\u180eda", "Ada\U000e0041\U000e007f"),
+        *("A\u00adda", "Ada\u3164", "\u115fAda\u1160", "\uffa0Ada", "Ada\u2800", "A\u034fda\ufff9"),
+    ],
+)
 def test_a_name_keeps_no_halves_of_characters_and_nothing_invisible(client_of, db, name):
     response = client_of().get("/api/me", headers=bearer(ADA, name=name))
 
