@@ -146,6 +146,16 @@ DATABASE_TIMEOUTS = (
     "-c lock_timeout=2s -c statement_timeout=15s -c idle_in_transaction_session_timeout=10s"
 )
 
+# Of a machine that is gone, or of a network that is cut, nothing is heard: without these a process
+# would wait for its answer for two hours, and sell nothing. Sockets of Unix need none of them.
+DATABASE_KEEPALIVES = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    # In milliseconds: for what was sent and never arrived.
+    "tcp_user_timeout": 10_000,
+}
+
 # PgBouncer in transaction mode gives each transaction another session, so nothing may be kept in
 # one: no prepared statements, no cursors between transactions, and the timeouts come from the
 # role (docs/scaling.md). A session of their own is what processes expect otherwise.
@@ -173,6 +183,7 @@ DATABASES = {
                 "reconnect_timeout": 2,
             },
             "connect_timeout": 3,
+            **DATABASE_KEEPALIVES,
             # Lets PostgreSQL keep the plans of the busy statements, and sends arrays as they
             # are instead of writing them into the SQL text.
             "server_side_binding": True,

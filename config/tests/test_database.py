@@ -1,5 +1,7 @@
 """Statements that go out together, and the pool when the database takes its connections away."""
 
+import os
+import socket
 import threading
 import time
 
@@ -7,6 +9,7 @@ import psycopg
 import pytest
 from django.db import DataError, InternalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
+from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
 from config import database
@@ -41,6 +44,36 @@ def test_who_is_given_one_dead_connection_after_the_other_hardly_waits():
             assert conn.execute("SELECT 1").fetchone() == (1,)
         # Asleep for 0, 1, 2 and 4 seconds, it would wait in vain.
         assert time.monotonic() - started < 0.9
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the options are Linux's")
+def test_a_database_whose_machine_is_gone_is_given_up_within_seconds():
+    # As Linux has it, two hours of silence are not yet a fault.
+    options = {
+        name: value
+        for name, value in connection.settings_dict["OPTIONS"].items()
+        if name.startswith(("keepalives", "tcp_"))
+    }
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        conninfo = make_conninfo(host="127.0.0.1", port=server.getsockname()[1], **options)
+        connecting = psycopg.pq.PGconn.connect_start(conninfo.encode())
+        try:
+            with socket.socket(fileno=os.dup(connecting.socket)) as used:
+                idle, interval, count, unheard_ms = (
+                    used.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (
+                        socket.TCP_KEEPIDLE,
+                        socket.TCP_KEEPINTVL,
+                        socket.TCP_KEEPCNT,
+                        socket.TCP_USER_TIMEOUT,
+                    )
+                )
+        finally:
+            connecting.finish()
+
+    assert idle + interval * count <= 15
+    assert 0 < unheard_ms <= 15_000
 
 
 def rename(user, to: str) -> Statement:
