@@ -10,10 +10,13 @@ import httpx
 import pytest
 from django.core.management import CommandError, call_command
 
+from config.management.commands import up
+from drops.models import Drop
 from drops.tests.factories import DropFactory
 from purchases.audit import audit_stock
 from purchases.models import Purchase
 from tests.servers import Up, running_web_servers
+from users.models import User
 from users.tests.factories import UserFactory
 
 SHOPPERS_PER_WORKER = 5
@@ -103,3 +106,14 @@ def test_refuses_workers_that_a_server_cannot_have(command, options, message):
         call_command(command, **options)
 
     assert str(refused.value) == message
+
+
+@pytest.mark.django_db(transaction=True)
+def test_demo_data_leaves_alone_who_is_there_before_the_first_drop(settings):
+    settings.DEBUG = True
+    User.objects.create_superuser("me", password="mine")
+
+    up.Command().prepare_database()
+
+    assert Drop.objects.exists()
+    assert User.objects.get(username="me").check_password("mine")

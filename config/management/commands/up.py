@@ -76,7 +76,8 @@ class Command(BaseCommand):
         call_command("migrate", verbosity=0, interactive=False)
         if settings.DEBUG and not Drop.objects.exists():
             self.say("Filling the empty database with demo data")
-            call_command("seed", stdout=self.stdout)
+            # A database without drops may have users: whoever made themselves an account first.
+            call_command("seed", reset=False, stdout=self.stdout)
         connection.close()
         connection.close_pool()  # type: ignore[attr-defined]
 
