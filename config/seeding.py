@@ -888,7 +888,9 @@ def find_present(seed: int) -> Present:
     return Present(
         batch=batch,
         usernames=frozenset(User.objects.values_list("username", flat=True)),
-        admin=User.objects.filter(username=ADMIN_USERNAME).first(),
+        # By its id first: it may have been given another name.
+        admin=User.objects.filter(pk=ADMIN_ID).first()
+        or User.objects.filter(username=ADMIN_USERNAME).first(),
         demo_user=User.objects.filter(pk=DEMO_USER_ID).first(),
         has_demo_drop=Drop.objects.filter(pk=DEMO_DROP_ID).exists(),
     )

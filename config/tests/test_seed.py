@@ -454,6 +454,16 @@ def test_no_reset_leaves_alone_who_has_the_names_already(db):
     assert User.objects.filter(username__startswith=f"{taken}_").count() == 1
 
 
+def test_no_reset_knows_its_admin_by_another_name(db):
+    seed()
+    User.objects.filter(pk=ADMIN_ID).update(username="boss")
+
+    seed("--no-reset")
+
+    added = Drop.objects.get(name="Brindlewick Courier 2 'Ember'")
+    assert added.created_by.username == "boss"
+
+
 def test_refuses_without_debug(db, settings):
     settings.DEBUG = False
     drop = DropFactory()
