@@ -32,7 +32,7 @@ from drops.models import Drop, DropStatus, StockAdjustment, Variant
 from drops.services import LockedDrop, drop_payload
 from purchases.models import Purchase, PurchaseStatus
 from purchases.serializers import PurchaseSerializer
-from purchases.services import FEED_LENGTH, feed_entry, sell
+from purchases.services import FEED_LENGTH, feed_entry, sell, set_feed
 from realtime.models import Event, EventType
 from reservations.models import Reservation, ReservationStatus
 from reservations.serializers import ReservationSerializer
@@ -568,25 +568,8 @@ class DropHistory(LockedDrop):
     def record_feed(self) -> None:
         paid = [p for p in reversed(self.purchases) if p.status == PurchaseStatus.PAID]
         entries = [feed_entry(purchase) for purchase in paid[:FEED_LENGTH]]
-        if entries == self.drop.latest_purchasers:
-            return
-        self.drop.latest_purchasers = entries
-        self.record(
-            EventType.ACTIVITY_UPDATED,
-            {
-                "dropId": str(self.drop.pk),
-                "latestPurchasers": [
-                    {
-                        "userId": entry["user_id"],
-                        "username": entry["username"],
-                        "qty": entry["qty"],
-                        "createdAt": entry["created_at"],
-                    }
-                    for entry in entries
-                ],
-                "soldStock": self.drop.sold_stock,
-            },
-        )
+        if entries != self.drop.latest_purchasers:
+            set_feed(self, entries)
 
     def answer(
         self, user: User, action: str, body: dict[str, Any], row: BaseSerializer, at: datetime

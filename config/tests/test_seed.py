@@ -307,6 +307,16 @@ def test_events_are_those_that_the_services_make(db):
     }
 
 
+def test_no_event_gives_an_opaque_id_away(db, settings):
+    settings.PUBLIC_USER_IDS = "opaque"
+
+    seed()
+
+    told = str(list(Event.objects.values_list("data", flat=True)))
+    buyers = Purchase.objects.values_list("user_id", flat=True)
+    assert not {pk for pk in buyers if str(pk) in told}
+
+
 def test_a_stored_answer_is_what_the_request_was_told(db):
     seed()
 
