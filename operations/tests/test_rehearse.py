@@ -1,6 +1,7 @@
 """``manage.py rehearse`` against real servers: it says what is true, and leaves nothing behind."""
 
 import json
+import os
 import signal
 import time
 import uuid
@@ -13,7 +14,8 @@ from config.ids import REHEARSAL_IDS
 from drops.models import Drop, Variant
 from drops.tests.factories import DropFactory
 from operations.http_client import Server
-from operations.rehearsals import create_rehearsal
+from operations.management.commands import rehearse as command
+from operations.rehearsals import create_rehearsal, discard_rehearsals
 from operations.shoppers import Plan
 from purchases.models import Purchase
 from realtime.models import Event
@@ -237,6 +239,29 @@ def test_a_signal_stops_it_and_nothing_is_left(web_servers):
     finally:
         process.stop()
     assert counts() == before
+
+
+def test_who_presses_ctrl_c_twice_leaves_nothing_either(db, monkeypatch):
+    before = counts()
+
+    async def interrupted(*args):
+        raise KeyboardInterrupt
+
+    def discard():
+        if Drop.objects.exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        return discard_rehearsals()
+
+    monkeypatch.setattr(command.Command, "run", interrupted)
+    monkeypatch.setattr(command, "discard_rehearsals", discard)
+    said = StringIO()
+
+    with pytest.raises(SystemExit) as end:
+        call_command("rehearse", stderr=said, **SMALL)
+
+    assert (end.value.code, said.getvalue()) == (130, "Stopped; nothing is left behind.\n")
+    assert counts() == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_clean_removes_what_a_killed_rehearsal_left(db):

@@ -1,11 +1,12 @@
 import asyncio
+import contextlib
 import json
 import resource
 import signal
 import sys
 import uuid
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def number(lowest: float, highest: float, kind: type = int) -> Callable[[str], A
         return value
 
     return read
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let neither Ctrl-C nor SIGTERM interrupt the block."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Command(DatabaseCommand):
@@ -225,7 +238,9 @@ class Command(DatabaseCommand):
                 Limits(options["p99_ms"], options["event_p99_ms"]),
             )
         finally:
-            discard_rehearsals()
+            # Who has pressed Ctrl-C may do it again, and would leave all of it behind.
+            with undisturbed():
+                discard_rehearsals()
 
     async def run(self, crowd: Crowd) -> None:
         await self.check_address(crowd.plan)
