@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ def test_a_command_before_the_first_migration_says_what_to_do(command, settings)
         finally:
             cursor.execute("RESET search_path")
 
-    # 1 is what audit_stock says of stock that is wrong.
+    # 1 is what audit_stock says of stock that is wrong, and rehearse of what is not ready.
     assert told.value.returncode == 2
 
 
@@ -68,11 +69,19 @@ def test_a_command_that_takes_too_long_does_not_say_that_there_is_no_database(mo
     assert told.value.returncode == 2
 
 
-def test_a_command_without_its_database_says_so_in_a_sentence():
+@pytest.mark.parametrize(
+    "command",
+    [["audit_stock"], ["expire_reservations", "--once"], ["rehearse"], ["up", "--port"]],
+    ids=" ".join,
+)
+def test_a_command_without_its_database_says_so_in_a_sentence(command):
+    if command[-1] == "--port":
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            command = [*command, str(probe.getsockname()[1])]
     environment = os.environ | {"DATABASE_URL": "postgres://nobody@127.0.0.1:1/nothing"}
 
     ended = subprocess.run(
-        [sys.executable, "manage.py", "audit_stock"],
+        [sys.executable, "manage.py", *command],
         cwd=settings.BASE_DIR,
         env=environment,
         capture_output=True,
@@ -83,4 +92,5 @@ def test_a_command_without_its_database_says_so_in_a_sentence():
     assert ended.returncode == 2
     assert "CommandError: The database" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert ended.stdout == ""
+    if command[0] != "up":
+        assert ended.stdout == ""

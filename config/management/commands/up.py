@@ -12,9 +12,10 @@ from typing import Any
 
 from django.conf import settings
 from django.core.management import call_command
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 
+from config.commands import DatabaseCommand
 from config.seeding import DEMO_DROP_ID, DEMO_USER_ID
 from config.serving import (
     add_server_options,
@@ -30,7 +31,7 @@ STOP_TIMEOUT_SECONDS = settings.SHUTDOWN_SECONDS + 5
 RESTART_PAUSE_SECONDS = 1
 
 
-class Command(BaseCommand):
+class Command(DatabaseCommand):
     help = (
         "Run everything on one machine: embedded servers if needed, migrations, demo data for "
         "an empty database, the web server and the expiry loop. Ctrl-C stops all of it."
