@@ -176,7 +176,8 @@ DATABASES = {
         "OPTIONS": {
             "pool": {
                 "min_size": 1,
-                "max_size": env.integer("DATABASE_POOL_SIZE", 12, minimum=1, maximum=200),
+                # The threads of group commit keep four for themselves (1 + MAX_DROPS_APART).
+                "max_size": env.integer("DATABASE_POOL_SIZE", 12, minimum=5, maximum=200),
                 "timeout": 3,
                 # Then the next request makes a new attempt at once. Otherwise the pool waits
                 # twice as long after each failure: after an outage of 20 s for another 11.

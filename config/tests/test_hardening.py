@@ -22,6 +22,7 @@ from jwt.algorithms import RSAAlgorithm
 from config import checks
 from config.addresses import client_address
 from config.logs import MaskSecrets, mask_values, masked
+from drops.group_commit import MAX_DROPS_APART
 from drops.tests.factories import DropFactory
 from purchases.services import purchase
 from realtime.models import Event, EventType
@@ -176,6 +177,15 @@ def test_a_start_without_protection_is_refused_in_one_line():
         assert line.startswith(f"{variable}="), (name, line)
         assert "hunter2" not in line
         assert SECRET not in line
+
+
+def test_a_pool_has_a_connection_beside_those_that_batches_keep():
+    kept = 1 + MAX_DROPS_APART
+
+    lines = starts({"DATABASE_POOL_SIZE": str(kept)}, {"DATABASE_POOL_SIZE": str(kept + 1)})
+
+    assert lines[0].startswith(f"DATABASE_POOL_SIZE='{kept}' is not usable: ")
+    assert lines[1] == "fine"
 
 
 def test_tokens_may_be_verified_with_a_key_of_any_kind(tmp_path):
