@@ -59,6 +59,16 @@ def status_now(drop: Drop) -> DropStatus:
     return drop.status_at(drop.read_at)
 
 
+def sale_of(drop: Drop) -> str:
+    """Say what becomes of the units of ``drop`` as soon as staff let it be sold."""
+    units = f"{drop.available_stock} units are on sale"
+    if drop.ends_at and drop.ends_at <= drop.read_at:
+        return "nothing of it is on sale, because its end has passed"
+    if drop.starts_at and drop.starts_at > drop.read_at:
+        return f"{units} from {drop.starts_at:%-d %B %Y, %H:%M} UTC"
+    return f"{units} now"
+
+
 @staff_action(Drop)
 class Publish(StaffAction):
     name = "publish"
@@ -71,11 +81,8 @@ class Publish(StaffAction):
         return row.status == DropStatus.DRAFT
 
     def consequences(self) -> list[str]:
-        drop = self.row
-        starts = drop.starts_at
-        when = f"from {starts:%-d %B %Y, %H:%M} UTC" if starts and starts > drop.read_at else "now"
         return [
-            f"Every shopper sees the drop, and {drop.available_stock} units are on sale {when}.",
+            f"Every shopper sees the drop, and {sale_of(self.row)}.",
             "A published drop can't become a draft again.",
         ]
 
@@ -167,7 +174,7 @@ class Resume(StaffAction):
         return status_now(row) == DropStatus.PAUSED
 
     def consequences(self) -> list[str]:
-        return [f"{self.row.available_stock} units are on sale again; shoppers see it at once."]
+        return [f"Shoppers see at once that it goes on: {sale_of(self.row)}."]
 
     def perform(self) -> str:
         update_drop(self.row.pk, status=status_on_sale(self.row, read_clock()))

@@ -393,6 +393,22 @@ def test_an_action_is_announced_and_logged(admin_client, admin_user, action, bef
     assert entry.change_message.endswith("Why: Because")
 
 
+@pytest.mark.parametrize(
+    ("action", "state", "said"),
+    [
+        ("publish", {"draft": True}, "and 10 units are on sale now."),
+        ("publish", {"draft": True, "starts_at": hours(2)}, "and 10 units are on sale from "),
+        ("publish", {"draft": True, "over": True}, "nothing of it is on sale, because its end"),
+        ("resume", {"status": "paused"}, "goes on: 10 units are on sale now."),
+        ("resume", {"status": "paused", "starts_at": hours(2)}, ": 10 units are on sale from "),
+    ],
+)
+def test_who_opens_a_drop_is_told_when_it_is_on_sale(admin_client, action, state, said):
+    page = act(admin_client, DropFactory(**state), action, reason="").content.decode()
+
+    assert said in page
+
+
 def test_an_action_needs_a_reason(admin_client):
     drop = DropFactory()
 
