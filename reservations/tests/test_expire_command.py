@@ -214,6 +214,13 @@ def test_holds_of_many_drops_keep_up_no_window(monkeypatch):
     assert drops[0].events.get().created_at - drops[0].starts_at < timedelta(seconds=1)
 
 
+def test_sleeps_no_longer_than_a_hold_lasts_that_is_made_meanwhile(settings):
+    settings.EXPIRY_POLL_MS = 60_000
+    settings.RESERVATION_TTL_SECONDS = 10
+
+    assert expire_reservations.Command().step(400) == 10
+
+
 @pytest.mark.servers
 @pytest.mark.restarts_database
 def test_survives_a_restart_of_the_database(start_expiry, servers):

@@ -129,7 +129,8 @@ class Command(DatabaseCommand):
             return PAUSE_WITHOUT_DATABASE_SECONDS
         for holds in swept:
             logger.info("drop %s: %d holds expired", holds.drop_id, len(holds.reservation_ids))
-        longest = settings.EXPIRY_POLL_MS / 1000
+        # Who holds something a moment from now must not find the loop asleep when that is due.
+        longest = min(settings.EXPIRY_POLL_MS / 1000, settings.RESERVATION_TTL_SECONDS)
         if next_deadline is None:
             return longest
         return max(SHORTEST_PAUSE_SECONDS, min(next_deadline, longest))
