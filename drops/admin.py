@@ -222,6 +222,8 @@ class Adjust(StaffAction):
         widget=UnfoldAdminIntegerFieldWidget(attrs={"inputmode": "numeric"}),
         help_text="Units to add; negative to withdraw. Held and sold units can't be withdrawn.",
     )
+    # What the preview said of the total: who presses its button twice adjusts once.
+    seen_total = forms.IntegerField(required=False, widget=forms.HiddenInput)
 
     def __init__(self, row: Drop, *args: Any, **kwargs: Any) -> None:
         super().__init__(row, *args, **kwargs)
@@ -252,6 +254,8 @@ class Adjust(StaffAction):
     def clean(self) -> dict[str, Any]:
         given = super().clean() or {}
         variant, delta = given.get("variant"), given.get("delta")
+        if variant and "confirmed" not in self.data:
+            self.data = {**self.data.dict(), "seen_total": variant.total_stock}  # type: ignore[attr-defined]
         if variant and delta is not None and variant.available_stock + delta < 0:
             self.add_error(
                 "delta", f"Only {variant.available_stock} are available to be withdrawn."
@@ -261,7 +265,9 @@ class Adjust(StaffAction):
     def perform(self) -> str:
         given = self.cleaned_data
         variant, delta, reason = given["variant"], given["delta"], given["reason"]
-        adjust_stock(variant.pk, delta, reason=reason, user=self.user)
+        adjust_stock(
+            variant.pk, delta, reason=reason, user=self.user, seen_total=given["seen_total"]
+        )
         return f"Adjusted {variant.label} by {delta:+d}."
 
 

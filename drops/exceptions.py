@@ -37,6 +37,13 @@ class StockCommitted(Refusal):
     default_detail = "Fewer units are available than would be withdrawn."
 
 
+class StockAdjusted(Refusal):
+    """What staff have confirmed was said of another total: perhaps they have done it already."""
+
+    default_code = "stock_adjusted"
+    default_detail = "This size has been adjusted since you looked. Look at its stock again."
+
+
 _REFUSALS: dict[DropStatus, type[Refusal]] = {
     DropStatus.DRAFT: DropNotPublished,
     DropStatus.PAUSED: DropPaused,

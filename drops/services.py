@@ -21,7 +21,7 @@ from rest_framework.exceptions import ErrorDetail, ValidationError
 from config.database import Statement, execute_together, read_clock
 from config.serializers import LARGEST_INTEGER
 from drops.currencies import DECIMALS
-from drops.exceptions import StockCommitted
+from drops.exceptions import StockAdjusted, StockCommitted
 from drops.models import FOLLOWS_END, Drop, DropStatus, StockAdjustment, Variant
 from drops.serializers import DropSerializer
 from realtime.models import EventType
@@ -433,17 +433,24 @@ def decimals_of(price: Any) -> int:
 
 
 @transaction.atomic
-def adjust_stock(variant_id: uuid.UUID, delta: int, *, reason: str, user: User) -> StockAdjustment:
+def adjust_stock(
+    variant_id: uuid.UUID, delta: int, *, reason: str, user: User, seen_total: int | None = None
+) -> StockAdjustment:
     """Add ``delta`` units to a variant, or withdraw them, and keep a record of it.
 
+    Args:
+        seen_total: the variant's total that was to be adjusted, so that a repeat is none.
     Raises:
         Variant.DoesNotExist: no such variant.
+        StockAdjusted: its total is not ``seen_total`` any more.
         StockCommitted: more would be withdrawn than is available.
         ValidationError: nothing would change, or the drop's total would not be storable.
     """
     drop_id = Variant.objects.values_list("drop_id", flat=True).get(pk=variant_id)
     locked = lock_drop(drop_id)
     variant = locked.variants[variant_id]
+    if seen_total not in (None, variant.total_stock):
+        raise StockAdjusted(total_stock=variant.total_stock)
     if variant.available_stock + delta < 0:
         raise StockCommitted(available_stock=variant.available_stock)
     if not delta or locked.drop.total_stock + delta > LARGEST_INTEGER:

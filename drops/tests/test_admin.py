@@ -523,6 +523,27 @@ def test_an_adjustment_is_previewed_then_moves_the_stock_and_tells(admin_client,
     assert LogEntry.objects.get().change_message == "Adjusted EU 42 by -4. Why: Damaged"
 
 
+def test_who_confirms_an_adjustment_twice_adjusts_once(admin_client):
+    drop = DropFactory(sizes={"EU 42": 10})
+    given = {"variant": drop.variants.get().pk, "delta": 5, "reason": "Delivery"}
+    asked = act(admin_client, drop, "adjust", confirmed="", **given).content.decode()
+    given |= dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]+)"', asked))
+
+    first = act(admin_client, drop, "adjust", **given)
+    second = act(admin_client, drop, "adjust", **given)
+
+    assert first.status_code == 302
+    assert second.context["form"].errors == {
+        "__all__": ["This size has been adjusted since you looked. Look at its stock again."]
+    }
+    assert Variant.objects.get().total_stock == 15
+    # Who does it again means it.
+    del given["confirmed"]
+    asked = act(admin_client, drop, "adjust", confirmed="", **given).content.decode()
+    assert "EU 42: 15 units in all become 20." in asked
+    assert 'name="seen_total" value="15"' in asked
+
+
 @pytest.mark.parametrize(
     ("delta", "field", "message"),
     [
