@@ -1,6 +1,7 @@
 """How a web server is started, whoever starts it."""
 
 import resource
+from argparse import ArgumentTypeError
 
 from django.conf import settings
 from django.core.management.base import CommandError, CommandParser
@@ -15,7 +16,9 @@ OTHER_FILES = 2000
 def add_server_options(parser: CommandParser, *, server: str) -> None:
     """Add what a command that starts a web server can be told; ``server`` is the default."""
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=int, default=settings.PORT, help="default: %(default)s")
+    parser.add_argument(
+        "--port", type=port_number, default=settings.PORT, help="default: %(default)s"
+    )
     parser.add_argument(
         "--server", choices=["daphne", "uvicorn"], default=server, help="default: %(default)s"
     )
@@ -26,6 +29,12 @@ def add_server_options(parser: CommandParser, *, server: str) -> None:
         metavar="N",
         help="processes; uvicorn only. SIGHUP to it replaces them one after the other",
     )
+
+
+def port_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise ArgumentTypeError("must be from 1 to 65535")
+    return int(text)
 
 
 def check_server_options(server: str, workers: int) -> None:

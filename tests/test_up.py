@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,24 @@ def test_refuses_workers_that_a_server_cannot_have(command, options, message):
         call_command(command, **options)
 
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("command", ["up", "serve"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http"])
+def test_refuses_what_is_no_port(command, port):
+    with pytest.raises(CommandError, match=r"argument --port: must be from 1 to 65535"):
+        call_command(command, f"--port={port}")
+
+
+def test_says_why_nobody_can_listen_there():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CommandError, match=rf"^Port {port} is taken\."):
+            call_command("up", "--port", str(port))
+
+    # An address that is nobody's (RFC 5737).
+    with pytest.raises(CommandError, match=r"^Nobody can listen on 192\.0\.2\.1, port 4000: cann"):
+        call_command("up", "--host", "192.0.2.1", "--port", "4000")
 
 
 @pytest.mark.django_db(transaction=True)

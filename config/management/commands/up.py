@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -44,8 +45,7 @@ class Command(DatabaseCommand):
         self, *, host: str, port: int, server: str, workers: int, verbosity: int, **options: Any
     ) -> None:
         check_server_options(server, workers)
-        if not port_is_free(host, port):
-            raise CommandError(f"Port {port} is taken. Choose another one with --port or PORT.")
+        refuse_address(host, port)
         if warning := allow_open_files():
             self.say(warning)
         with contextlib.ExitStack() as stack:
@@ -56,8 +56,9 @@ class Command(DatabaseCommand):
             web = stack.enter_context(running(server_command(server, host, port, workers)))
             expiry = stack.enter_context(running(expiry_command()))
             stop = stack.enter_context(StopRequest())
-            address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"  # noqa: S104
-            self.wait_until_ready(web, f"http://{host}:{port}/healthz", stop)
+            name = f"[{host}]" if ":" in host else host
+            address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else name}:{port}"  # noqa: S104
+            self.wait_until_ready(web, f"http://{name}:{port}/healthz", stop)
             if not stop.is_set:
                 self.print_addresses(address)
             self.watch(web, expiry, stop)
@@ -166,11 +167,21 @@ def running(arguments: list[str]) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
-def port_is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+def refuse_address(host: str, port: int) -> None:
+    """Try whether a server could listen there.
+
+    Raises:
+        CommandError: it could not; says why.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise CommandError(
+                f"Port {port} is taken. Choose another one with --port or PORT."
+            ) from None
+        reason = str(exc.strerror).lower()
+        raise CommandError(f"Nobody can listen on {host}, port {port}: {reason}.") from None
