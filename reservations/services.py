@@ -194,6 +194,8 @@ class Settlement:
             self.expires_at = min(self.expires_at, locked.drop.ends_at)
         self.new: list[Reservation] = []
         self.has_reclaimed = False
+        # Sizes of which more may be overdue than was returned.
+        self.backlog: set[uuid.UUID] = set()
         self.next_release_at: datetime | None = None
 
     def settle(self, claim: Claim) -> Reservation | APIException:
@@ -244,6 +246,8 @@ class Settlement:
         if variant.available_stock < claim.quantity:
             self.reclaim()
         if variant.available_stock < claim.quantity:
+            self.reclaim_size(variant)
+        if variant.available_stock < claim.quantity:
             raise self.shortage(variant)
         # After the stock, which says the same to everybody (see reservations.memory).
         holds = self.active_holds[claim.user_id]
@@ -289,9 +293,16 @@ class Settlement:
         """Return the drop's overdue holds to stock, once per transaction."""
         if not self.has_reclaimed:
             self.has_reclaimed = True
-            expire_overdue(
-                self.locked, self.now, MAX_EXPIRED_PER_TRANSACTION, own_first=self.shares
-            )
+            limit = MAX_EXPIRED_PER_TRANSACTION
+            expired = expire_overdue(self.locked, self.now, limit, own_first=self.shares)
+            if len(expired) >= limit:
+                self.backlog.update(self.locked.variants)
+
+    def reclaim_size(self, variant: Variant) -> None:
+        """Return overdue holds of this very size, where others' came first until the limit."""
+        if variant.pk in self.backlog:
+            self.backlog.remove(variant.pk)
+            expire_overdue(self.locked, self.now, MAX_EXPIRED_PER_TRANSACTION, variant=variant)
 
     def shortage(self, variant: Variant) -> Refusal:
         if variant.held_stock and self.next_release_at is None:
@@ -555,9 +566,13 @@ def _end_hold(
 
 
 def expire_overdue(
-    locked: LockedDrop, now: datetime, limit: int, own_first: Collection[uuid.UUID] = ()
+    locked: LockedDrop,
+    now: datetime,
+    limit: int,
+    own_first: Collection[uuid.UUID] = (),
+    variant: Variant | None = None,
 ) -> list[str]:
-    """Return about ``limit`` overdue holds of a locked drop to its stock.
+    """Return about ``limit`` overdue holds of a locked drop, or of one size, to its stock.
 
     Those of the users ``own_first`` all come first: who claims anew must not find the old
     hold still active behind a long backlog. The caller saves ``locked``.
@@ -566,6 +581,8 @@ def expire_overdue(
         The ids of the reservations that expired, as texts.
     """
     holds = _locked_holds().overdue(now).filter(drop=locked.drop)
+    if variant is not None:
+        holds = holds.filter(variant=variant)
     own = list(holds.filter(user__in=own_first)) if own_first else []
     others = holds.exclude(pk__in=[pk for pk, *_ in own]) if own else holds
     overdue = own + list(others[: max(0, limit - len(own))])

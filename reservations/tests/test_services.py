@@ -388,6 +388,25 @@ def test_who_let_a_hold_run_out_may_hold_another_size(db):
     assert (stock(first), stock(other)) == ((1, 1, 0), (1, 0, 0))
 
 
+def test_takes_overdue_units_of_a_size_back_behind_a_long_backlog_of_another(db, monkeypatch):
+    monkeypatch.setattr(services, "MAX_EXPIRED_PER_TRANSACTION", 3)
+    drop = DropFactory(sizes={"EU 42": 5, "EU 43": 2})
+    long, short = drop.variants.all()
+    ReservationFactory.create_batch(5, overdue=True, drop=drop, variant=long)
+    later = timezone.now() - 1.5 * MINUTE
+    ReservationFactory.create_batch(2, created_at=later, drop=drop, variant=short)
+
+    outcomes = reserve_many(
+        drop.pk, [Claim(user.pk, short.pk) for user in UserFactory.create_batch(3)]
+    )
+
+    assert [type(outcome) for outcome in outcomes] == [Reservation, Reservation, FullyReserved]
+    assert (stock(long), stock(short)) == ((5, 3, 0), (2, 0, 0))
+    assert stock(drop) == (7, 3, 0)
+    types = [event_type for _, event_type in events(drop)]
+    assert types == ["RESERVATION_EXPIRED"] * 5 + ["STOCK_UPDATED"]
+
+
 def test_who_let_a_hold_run_out_may_hold_anew_behind_a_long_backlog(db):
     """One transaction takes back a limited number, the claimants' own before the others'."""
     backlog = MAX_EXPIRED_PER_TRANSACTION
