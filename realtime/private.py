@@ -16,6 +16,7 @@ from typing import Protocol
 
 from channels.db import database_sync_to_async
 from django.db import DatabaseError
+from django.db.models.expressions import RawSQL
 from psycopg_pool import PoolTimeout
 
 from config.database import read_clock
@@ -232,15 +233,18 @@ def read_rows(
     """
     now = read_clock()
     bought_after = min(since or now, now) - PURCHASE_MARGIN
-    switched_off = User.objects.filter(pk__in=users, is_active=False)
+    ids = rows_of(users)
+    switched_off = User.objects.filter(pk__in=ids, is_active=False)
     # One step in an index for each user: both start with the user.
-    active = Reservation.objects.active().filter(user__in=users)
+    active = Reservation.objects.active().filter(user__in=ids)
     holds = {
         reservation.pk: Hold(reservation) for reservation in active.order_by("expires_at", "pk")
     }
     gone = [pk for pk in known if pk not in holds]
-    ended = Reservation.objects.filter(pk__in=gone).values_list("pk", "status") if gone else []
-    bought = Purchase.objects.filter(user__in=users, created_at__gt=bought_after)
+    ended = (
+        Reservation.objects.filter(pk__in=rows_of(gone)).values_list("pk", "status") if gone else []
+    )
+    bought = Purchase.objects.filter(user__in=ids, created_at__gt=bought_after)
     return Rows(
         now,
         list(switched_off.values_list("pk", flat=True)),
@@ -248,3 +252,11 @@ def read_rows(
         dict(ended),
         list(bought.order_by("created_at")),
     )
+
+
+def rows_of(ids: Iterable[uuid.UUID]) -> RawSQL:
+    """Return what says ``__in`` with one parameter, an array.
+
+    With a parameter for each of 3,000 a look took a second, after which it rests for twenty.
+    """
+    return RawSQL("SELECT unnest(%b::uuid[])", [list(ids)])

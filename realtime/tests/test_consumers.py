@@ -1040,6 +1040,19 @@ def test_a_purchase_is_told_also_where_looks_are_rare(monkeypatch):
     in_loop(scenario)
 
 
+def test_a_look_may_be_for_more_users_than_a_statement_has_parameters(settings):
+    # Else each statement is written down once more, with all of them.
+    settings.DEBUG = False
+    user, others = UserFactory(), [uuid.uuid4() for _ in range(66_000)]
+    held, gone = [reserve(drop.pk, Claim(user.pk)) for drop in DropFactory.create_batch(2)]
+    release(gone.pk, user)
+
+    rows = private_news.read_rows([*others, user.pk], [*others, gone.pk])
+
+    assert rows.holds.keys() == {held.pk}
+    assert rows.ended == {gone.pk: "RELEASED"}
+
+
 def test_who_has_left_before_anybody_looked_is_forgotten():
     has_looked = asyncio.Event()
 
