@@ -26,6 +26,7 @@ PASSWORD = re.compile(r"(//[^:/@]*:).*@", re.S)
 # The lines of .env that django-environ reads, and those that say nothing.
 ENTRY = re.compile(r"(?:export )?[A-Za-z_0-9]+=.*")
 REMARK = re.compile(r"\s*(?:#.*)?")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 
 
@@ -212,6 +213,28 @@ def networks(name: str) -> list[IPv4Network | IPv6Network]:
         return [ip_network(value) for value in comma_separated(name)]
     except ValueError as exc:
         raise InvalidSetting(name, text(name, ""), f"allowed are IP networks; {exc}") from None
+
+
+def origins(name: str, default: str) -> list[str]:
+    """Return origins as browsers write them, or only ``*``; another spelling would fit none."""
+    values = comma_separated(name, default)
+    if values != ["*"] and not all(ORIGIN.fullmatch(value) for value in values):
+        allowed = "allowed are origins like https://shop.example.com, comma-separated, or *"
+        raise InvalidSetting(name, ",".join(values), allowed)
+    return values
+
+
+def sentry_dsn(name: str) -> str:
+    """Return where errors go; empty where none is set, and then Sentry is not imported."""
+    value = text(name, "")
+    if value:
+        from sentry_sdk.utils import Dsn
+
+        try:
+            Dsn(value)
+        except ValueError:
+            raise InvalidSetting(name, "***", "it must be a DSN of Sentry") from None
+    return value
 
 
 def rate(name: str, default: str) -> str:

@@ -330,7 +330,7 @@ SPECTACULAR_SETTINGS = {
     },
 }
 
-_cors_origins = env.comma_separated("CORS_ORIGINS", "*" if DEBUG else "")
+_cors_origins = env.origins("CORS_ORIGINS", "*" if DEBUG else "")
 CORS_ALLOW_ALL_ORIGINS = _cors_origins == ["*"]
 CORS_ALLOWED_ORIGINS = [] if CORS_ALLOW_ALL_ORIGINS else _cors_origins
 CORS_URLS_REGEX = r"^/api/.*$"
@@ -458,7 +458,7 @@ METRICS_TOKEN = env.secret("METRICS_TOKEN")
 METRICS_DIR = env.folder("PROMETHEUS_MULTIPROC_DIR")
 # A port on which the expiry loop shows its own metrics; 0: none.
 EXPIRY_METRICS_PORT = env.integer("EXPIRY_METRICS_PORT", 0, minimum=0, maximum=65535)
-SENTRY_DSN = env.text("SENTRY_DSN", "")
+SENTRY_DSN = env.sentry_dsn("SENTRY_DSN")
 SENTRY_USER_IDS = env.boolean("SENTRY_USER_IDS", False)
 OTEL_EXPORTER_OTLP_ENDPOINT = env.text("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 # Our own line per request says it all; see operations.middleware.RequestContext.

@@ -134,6 +134,11 @@ UNUSABLE = {
     "a rate of nothing": ({"RATE_LIMIT_CREATE": "0/minute"}, "RATE_LIMIT_CREATE"),
     "no network": ({"TRUSTED_PROXIES": "proxy.internal"}, "TRUSTED_PROXIES"),
     "creators that are nobody": ({"DROP_CREATORS": "root"}, "DROP_CREATORS"),
+    "no origin but a host": ({"CORS_ORIGINS": "shop.example.com"}, "CORS_ORIGINS"),
+    "an origin with a path": ({"CORS_ORIGINS": "https://shop.example.com/"}, "CORS_ORIGINS"),
+    "an origin in capitals": ({"CORS_ORIGINS": "https://Shop.example.com"}, "CORS_ORIGINS"),
+    "all origins and one": ({"CORS_ORIGINS": "*,https://shop.example.com"}, "CORS_ORIGINS"),
+    "no address of Sentry": ({"SENTRY_DSN": "hunter2"}, "SENTRY_DSN"),
     "no level of logs": ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL"),
     # Unless they are quoted, such characters make something else of the URL.
     "a password with a slash": (
@@ -238,6 +243,14 @@ def test_a_line_of_the_file_that_is_none_stops_the_start_and_is_not_shown(tmp_pa
 
     assert result.returncode == 1
     assert result.stderr == f"{tmp_path}/.env, line 7, is not usable: it must be NAME=value.\n"
+
+
+def test_origins_of_any_kind_may_be_named():
+    ours = "https://shop.example.com,http://localhost:4001,capacitor://localhost,http://[::1]:80"
+
+    lines = starts({"CORS_ORIGINS": ours}, {"CORS_ORIGINS": "*"}, {"CORS_ORIGINS": ""})
+
+    assert lines == ["fine"] * 3
 
 
 def test_headers_may_be_trusted_where_somebody_says_so():
