@@ -180,16 +180,20 @@ def is_key_for(algorithm: str, key: str) -> bool:
     return True
 
 
-def jwks_file(name: str) -> str:
-    """Return the path of a file of public keys that can be used; empty where none is set."""
+def jwks_file(name: str, algorithms: list[str]) -> str:
+    """Return the path of a file with a key for ``algorithms``; empty where none is set."""
     value = text(name, "")
     if value:
         try:
-            read_jwks(value)
+            keys = read_jwks(value).keys
         except OSError as exc:
             raise InvalidSetting(name, value, f"it can't be read: {exc.strerror}") from None
         except ValueError:
             raise InvalidSetting(name, value, "there is no usable key in this file") from None
+        # A key that names no algorithm is for the usual one of its kind.
+        if not any(key.algorithm_name in algorithms for key in keys):
+            allowed = f"there is no key for {', '.join(algorithms)} in this file"
+            raise InvalidSetting(name, value, allowed)
     return value
 
 

@@ -251,7 +251,7 @@ JWT_ALGORITHMS: list[str] = []
 JWT_KEY = JWT_JWKS_FILE = JWT_AUDIENCE = JWT_ISSUER = ""
 if IDENTITY_MODE == "jwt":
     JWT_ALGORITHMS = env.jwt_algorithms("JWT_ALGORITHMS", "RS256")
-    JWT_JWKS_FILE = env.jwks_file("JWT_JWKS_FILE")
+    JWT_JWKS_FILE = env.jwks_file("JWT_JWKS_FILE", JWT_ALGORITHMS)
     if not JWT_JWKS_FILE:
         JWT_KEY = env.jwt_key("JWT_KEY", JWT_ALGORITHMS)
     JWT_AUDIENCE = env.required("JWT_AUDIENCE", "when IDENTITY_MODE is jwt")

@@ -208,6 +208,27 @@ def test_tokens_may_be_verified_with_a_key_of_any_kind(tmp_path):
     assert lines == ["fine"] * 3
 
 
+def test_a_key_file_without_a_key_for_the_algorithms_stops_the_start(tmp_path):
+    """Each token would be refused, and nobody told why."""
+    by_token = {"IDENTITY_MODE": "jwt", "JWT_AUDIENCE": "drops", "JWT_ISSUER": "us"}
+    key = RSAAlgorithm.to_jwk(private_key().public_key(), as_dict=True)
+    for name, keys in {"RS256": [key], "RS512": [key | {"alg": "RS512"}, key]}.items():
+        (tmp_path / name).write_text(json.dumps({"keys": keys}))
+
+    lines = starts(
+        *[
+            by_token | {"JWT_JWKS_FILE": str(tmp_path / name), "JWT_ALGORITHMS": algorithms}
+            for name, algorithms in [("RS256", "ES256,RS512"), ("RS512", "ES256,RS512")]
+        ]
+    )
+
+    assert lines == [
+        f"JWT_JWKS_FILE='{tmp_path}/RS256' is not usable: "
+        "there is no key for ES256, RS512 in this file.",
+        "fine",
+    ]
+
+
 def test_the_secrets_of_the_example_are_refused():
     names = ["SECRET_KEY", "GATEWAY_SECRETS", "METRICS_TOKEN"]
     changes = [{name: EXAMPLE[name]} for name in names]
