@@ -13,6 +13,8 @@ import environ
 import jwt
 from redis.connection import parse_url
 
+from config.logs import masked
+
 SECRET_LENGTH = 32
 # How the secrets of docs/examples begin, which everybody can read.
 PLACEHOLDER = "change-me"
@@ -275,4 +277,4 @@ def readable_redis_url(value: str) -> str:
 
 def without_password(value: str) -> str:
     """Return ``value`` fit for a terminal or a log, also where its password makes it no URL."""
-    return PASSWORD.sub(r"\1***@", value)
+    return masked(PASSWORD.sub(r"\1***@", value))

@@ -150,6 +150,10 @@ UNUSABLE = {
         "DATABASE_URL",
     ),
     "a password with a hash": ({"REDIS_URL": "redis://:hunter2#@redis:6379/0"}, "REDIS_URL"),
+    "a password in the query": (
+        {"REDIS_URL": "redis://redis/0?password=hunter2&socket_timeout=soon"},
+        "REDIS_URL",
+    ),
     "no port of Redis": ({"REDIS_URL": "redis://:hunter2@redis:port/0"}, "REDIS_URL"),
 }
 
