@@ -20,6 +20,8 @@ from typing import Any
 import orjson
 import pytest
 from django.core.management import call_command
+from django.db import connection
+from django.test.utils import setup_databases, teardown_databases
 from django.utils import timezone
 
 from config.hot_routes import host_is_allowed
@@ -999,8 +1001,13 @@ def shared_database(django_db_setup, django_db_blocker) -> Iterator[None]:
     """Let tests commit, and empty the tables after the last of them: a flush costs as much as
     three cases, and a case looks only at rows of its own."""
     with django_db_blocker.unblock():
+        # pytest-django makes a database only where a test is marked for it. Without one, these
+        # alone would change, and empty, the very database that DATABASE_URL names.
+        is_made = connection.settings_dict["NAME"].startswith("test_")
+        made = [] if is_made else setup_databases(verbosity=0, interactive=False)
         yield
         call_command("flush", interactive=False, verbosity=0)
+        teardown_databases(made, verbosity=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.steps.__name__)
