@@ -1,12 +1,13 @@
 """The audit finds each kind of drift, tells it in three forms, and can pause the drop."""
 
 import json
+import uuid
 from decimal import Decimal
 from io import StringIO
 from typing import Any
 
 import pytest
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from django.db import connection
 from django.urls import reverse
 
@@ -184,6 +185,13 @@ def test_the_command_succeeds_where_nothing_is_wrong(drop):
     call_command("audit_stock", stdout=output)
 
     assert output.getvalue() == "1 drops audited: every unit is accounted for.\n"
+
+
+def test_the_command_takes_a_drop_that_is_none_for_no_difference(db):
+    with pytest.raises(CommandError, match=r"^There is no drop ") as refused:
+        call_command("audit_stock", f"--drop={uuid.uuid4()}")
+
+    assert refused.value.returncode == 2
 
 
 def test_a_setting_pauses_a_drop_that_drifts_and_no_other(drop, settings):

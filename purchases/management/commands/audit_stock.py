@@ -28,7 +28,7 @@ class Command(DatabaseCommand):
     def handle(self, *, drop: uuid.UUID | None, **options: Any) -> None:
         audit = audit_stock(drop)
         if drop is not None and not audit.drops:
-            raise CommandError(f"There is no drop {drop}.")
+            raise CommandError(f"There is no drop {drop}.", returncode=2)
         if drop is None:
             # What /metrics tells from then on.
             heartbeats.write(AUDIT, differences=len(audit.differences))
