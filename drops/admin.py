@@ -319,6 +319,20 @@ class NewDropForm(DropForm):
         return sizes
 
 
+class StatusFilter(admin.SimpleListFilter):
+    """The status that holds now, which is the one that the list shows."""
+
+    title = "status"
+    parameter_name = "status"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(status.value, status.label) for status in DropStatus]
+
+    def queryset(self, request: HttpRequest, queryset: Any) -> QuerySet[Any]:
+        status = self.value()
+        return queryset.with_status(DropStatus(status)) if status else queryset
+
+
 class VariantInline(TabularInline):
     model = Variant
     verbose_name_plural = "sizes and their stock"
@@ -361,6 +375,9 @@ class DropResource(CsvResource):
         ]
         export_order = fields
 
+    def dehydrate_status(self, drop: Drop) -> str:
+        return status_now(drop).value
+
 
 @admin.register(Drop)
 class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
@@ -380,7 +397,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         "ends_at",
         "timeline_link",
     ]
-    list_filter = ["status", CurrencyFilter, "starts_at"]
+    list_filter = [StatusFilter, CurrencyFilter, "starts_at"]
     list_select_related = ["created_by"]
     search_fields = ["id__exact", "name", "created_by__username"]
     search_help_text = "Name or id of a drop, or name of its creator"

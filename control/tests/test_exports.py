@@ -1,10 +1,12 @@
 import csv
 import io
+from datetime import timedelta
 
 import pytest
 from asgiref.sync import async_to_sync
 from django.contrib.admin.models import LogEntry
 from django.urls import reverse
+from django.utils import timezone
 
 from control import exports
 from drops.models import Drop
@@ -60,6 +62,15 @@ def test_drops_and_reservations_are_exported_too(admin_client):
     assert drop[0] == str(hold.drop_id)
     assert drop[5:9] == ["10", "9", "1", "0"]
     assert (reservation[0], reservation[-2]) == (str(hold.pk), "ACTIVE")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_status_of_a_drop_is_the_one_that_holds(admin_client):
+    DropFactory(status="scheduled", starts_at=timezone.now() - timedelta(hours=1))
+
+    _, line = read_csv(admin_client, Drop, status="live")
+
+    assert line[2] == "live"
 
 
 @pytest.mark.django_db(transaction=True)

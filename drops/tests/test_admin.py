@@ -116,6 +116,29 @@ def test_a_search_for_nonsense_is_no_error(admin_client, query):
         assert read_page(admin_client, model, "changelist", q=query)[0] == 200
 
 
+@pytest.mark.parametrize("status", DropStatus)
+def test_finds_drops_by_the_status_that_the_list_shows(admin_client, status):
+    for stored in (DropStatus.SCHEDULED, DropStatus.LIVE, DropStatus.PAUSED):
+        DropFactory(status=stored, starts_at=hours(-2), ends_at=hours(-1))
+        DropFactory(status=stored, starts_at=hours(-1))
+        DropFactory(status=stored, starts_at=hours(1))
+    for stored in (DropStatus.DRAFT, DropStatus.ENDED, DropStatus.CANCELLED):
+        DropFactory(status=stored)
+
+    found = admin_client.get(reverse("admin:drops_drop_changelist"), {"status": status})
+
+    shown = {drop.pk for drop in found.context["cl"].result_list}
+    drops = Drop.objects.read_now()
+    assert shown == {drop.pk for drop in drops if drop.status_at(drop.read_at) == status}
+    assert shown
+
+
+def test_a_status_that_is_none_is_no_error(admin_client):
+    found = admin_client.get(reverse("admin:drops_drop_changelist"), {"status": "sleepy"})
+
+    assert (found.status_code, found.headers["Location"][-4:]) == (302, "?e=1")
+
+
 def test_an_edit_is_announced(admin_client):
     drop = DropFactory(name="Old")
 
