@@ -509,6 +509,8 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
         drop = get_object_or_404(self.get_queryset(request), pk=object_id)
         before = read_seq(request.GET.get("before", ""))
         events, older = read_timeline(drop, before)
+        # Where nothing is left, the next event would be the oldest.
+        oldest = events[-1].seq if events else before or drop.seq + 1
         opened_at = drop.starts_at or drop.created_at
         return TemplateResponse(
             request,
@@ -522,6 +524,7 @@ class DropAdmin(ExportAdmin, StaffActionsAdmin, ServiceAdmin):
                 "status": status_now(drop).label,
                 "events": [(event, describe(event)) for event in events],
                 "older": older,
+                "is_cut": older is None and oldest > 1,
                 "is_newest": before is None,
                 "sales": {
                     "openedAt": format_instant(opened_at),

@@ -620,6 +620,23 @@ def test_the_timeline_tells_the_events_newest_first_and_goes_back(admin_client):
     assert words[-2:] == ["Changed: live, 7 units", "Published, live"]
 
 
+def test_the_timeline_says_where_the_log_no_longer_reaches_back(admin_client):
+    drop = DropFactory(draft=True)
+    assert "Nothing yet: drafts are silent." in read_timeline(admin_client, drop).content.decode()
+    update_drop(drop.pk, status=DropStatus.LIVE)
+    update_drop(drop.pk, name="Renamed")
+    whole = read_timeline(admin_client, drop).content.decode()
+
+    drop.events.filter(seq=1).delete()
+    rest = read_timeline(admin_client, drop).content.decode()
+    drop.events.all().delete()
+    nothing = read_timeline(admin_client, drop).content.decode()
+
+    cut = ["no longer in the log" in page for page in (whole, rest, nothing)]
+    assert cut == [False, True, True]
+    assert "drafts are silent" not in nothing
+
+
 def test_every_kind_of_event_has_words(admin_client):
     drop, user = DropFactory(), UserFactory(username="<ada>")
     reserve(drop.pk, Claim(user.pk))
