@@ -15,8 +15,6 @@ from reservations.services import seconds_overdue
 # How far the moving charts look back.
 CHART_SECONDS = 120
 LAST_PURCHASES = 12
-# A shop has a handful of live drops; a page with hundreds would help nobody.
-MOST_DROPS = 40
 
 
 def figures() -> dict[str, Any]:
@@ -34,10 +32,9 @@ def figures() -> dict[str, Any]:
 
 
 def watched_drops() -> QuerySet[Drop]:
-    """Return the drops that are on sale or paused, and what is about to start."""
+    """Return the drops that are on sale or paused, and what is to start: all that count."""
     current = Drop.objects.current().read_now().prefetch_related(None)
-    # The latest to start are the first to be left out.
-    return current.order_by(F("starts_at").asc(nulls_first=True), "created_at")[:MOST_DROPS]
+    return current.order_by(F("starts_at").asc(nulls_first=True), "created_at")
 
 
 def drop_figures(drop: Drop) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def test_the_figures_are_those_of_drops_on_sale_and_soon(db):
     assert told["oldestOverdueSeconds"] == 0
 
 
+def test_the_figures_are_of_all_drops_however_many(db):
+    DropFactory.create_batch(41)
+
+    assert len(figures()["drops"]) == 41
+
+
 def test_the_figures_know_the_oldest_overdue_hold(db):
     ReservationFactory(overdue=True)
     ReservationFactory(created_at=timezone.now() - timedelta(minutes=3))

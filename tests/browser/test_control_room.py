@@ -139,6 +139,20 @@ def test_the_dashboard_moves_with_the_stream(open_page, clerk):
     expect(row.locator("[data-action]")).to_have_text("Resume")
 
 
+def test_the_dashboard_counts_more_drops_than_it_lists(open_page, clerk):
+    drops = DropFactory.create_batch(42, total_stock=10)
+    page = open_page("/admin/", clerk)
+    expect(page.locator("#connection")).to_have_text("Live")
+
+    for drop in drops:
+        reserve(drop.pk, Claim(UserFactory().pk))
+
+    expect(page.locator("#tile-held")).to_have_text("42")
+    expect(page.locator("#tile-live")).to_have_text("42")
+    expect(page.locator("#drops > li")).to_have_count(40)
+    expect(page.locator("#more-drops")).to_contain_text("And 2 more.")
+
+
 def test_the_dashboard_takes_up_a_drop_that_was_over(open_page, clerk):
     drop = DropFactory(name="Comet", total_stock=4)
     buyer = UserFactory()

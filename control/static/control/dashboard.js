@@ -14,6 +14,8 @@ const CHART_SECONDS = 120;
 const SHORTEST_SECONDS = 20;
 const RATE_SECONDS = 10;
 const MOST_PURCHASES = 12;
+// A list of hundreds would help nobody; the figures above it are of all.
+const MOST_ROWS = 40;
 const PULSE_RETRY_MS = 3_000;
 // It comes every two seconds; without it nothing is known any more.
 const PULSE_SILENCE_MS = 7_000;
@@ -240,9 +242,10 @@ function drawMoving() {
 }
 
 function drawDrops(all) {
-  const shown = all
+  const ranked = all
     .filter((drop) => rank(drop) !== undefined)
     .sort((a, b) => rank(a) - rank(b) || b.sold / b.total - a.sold / a.total);
+  const shown = ranked.slice(0, MOST_ROWS);
   const list = element("drops");
   const rows = new Map([...list.children].map((row) => [row.dataset.id, row]));
   shown.forEach((drop, place) => {
@@ -253,6 +256,8 @@ function drawDrops(all) {
   });
   for (const row of rows.values()) row.remove();
   element("no-drops").hidden = shown.length > 0;
+  element("more-drops").hidden = ranked.length === shown.length;
+  element("more-count").textContent = (ranked.length - shown.length).toLocaleString("en");
 }
 
 /** What is being sold comes first, then what waits, then what is sold out. */
