@@ -113,6 +113,7 @@ PROBLEMS: dict[str, str] = {
     "sold_out": "Somebody was faster: this size is sold out. Try another size.",
     "fully_reserved": "Somebody was faster: all of this size are held. One may come back in "
     "{time}; stay on this page.",
+    "too_many": "So many are not free: of this size {left} can be had now. Choose fewer.",
     "variant_required": "Choose a size first.",
     "already_reserved": "You hold another size of this drop. Let that go first, or buy it.",
     "reservation_required": "You hold nothing of this drop any more. Reserve again.",

@@ -165,6 +165,23 @@ def test_a_hold_keeps_its_price_and_its_end_the_focus(open_page, site):
     expect(headline(page)).to_be_focused()
 
 
+def test_more_than_are_left_are_refused_with_how_many_there_are(browser, site):
+    drop = DropFactory(total_stock=2, max_per_user=None)
+    page = browser.new_context(base_url=site.url, **known_as("mara", site)).new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"/drops/{drop.pk}")
+    wait_until_live(page)
+
+    page.get_by_label("How many?").select_option("3")
+    page.get_by_role("button", name="Reserve").click()
+    expect(page.locator("#problem")).to_contain_text("of this size 2 can be had now")
+
+    # Nor are all held where one of them is.
+    reserve(drop.pk, Claim(UserFactory().pk))
+    page.get_by_role("button", name="Reserve").click()
+    expect(page.locator("#problem")).to_contain_text("of this size 1 can be had now")
+
+
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     drop = DropFactory()
     page = open_page("/", **known_as("mara", site))

@@ -127,9 +127,13 @@ function showProblem(problem) {
   target.hidden = !problem;
   if (!problem) return put(target, "");
   const until = problem.members?.next_release_at ?? problem.members?.starts_at;
+  const left = problem.members?.available_stock;
+  // The code says why there are not more; that there are some says what to do.
+  const code = left > 0 ? "too_many" : problem.code;
   put(
     target,
-    fill(words.problems[problem.code] ?? problem.message, {
+    fill(words.problems[code] ?? problem.message, {
+      left,
       seconds: problem.retryAfterSeconds,
       time: until ? countdown(Date.parse(until) - client.serverNow()) : "a moment",
     }),
