@@ -182,6 +182,19 @@ def test_more_than_are_left_are_refused_with_how_many_there_are(browser, site):
     expect(page.locator("#problem")).to_contain_text("of this size 1 can be had now")
 
 
+def test_a_picture_that_is_taken_away_goes_from_open_pages(open_page, site):
+    drop = DropFactory(image_url="/static/storefront/shoes/coral-court.svg")
+    pages = open_page("/"), open_page(f"/drops/{drop.pk}")
+    for page in pages:
+        wait_until_live(page)
+
+    update_drop(drop.pk, image_url="")
+
+    for page in pages:
+        picture = page.locator("main .picture img")
+        expect(picture).to_have_attribute("src", "/static/storefront/box.svg")
+
+
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     drop = DropFactory()
     page = open_page("/", **known_as("mara", site))

@@ -215,7 +215,8 @@ function showDrop() {
   put(element("about"), drop.description);
   element("about").hidden = !drop.description;
   const image = element("image");
-  if (drop.image_url && image.getAttribute("src") !== drop.image_url) image.src = drop.image_url;
+  const source = drop.image_url || image.dataset.default;
+  if (image.getAttribute("src") !== source) image.src = source;
   put(element("total"), String(drop.total_stock));
 }
 

@@ -80,7 +80,8 @@ function showCard(card, drop) {
   meter.max = drop.total_stock;
   meter.value = drop.available_stock;
   const image = card.querySelector("img");
-  if (drop.image_url && image.getAttribute("src") !== drop.image_url) image.src = drop.image_url;
+  const source = drop.image_url || image.dataset.default;
+  if (image.getAttribute("src") !== source) image.src = source;
   for (const variant of drop.variants) {
     const tag = card.querySelector(`[data-variant="${variant.id}"]`);
     tag?.classList.toggle("is-gone", variant.available_stock === 0);
