@@ -195,6 +195,19 @@ def test_a_picture_that_is_taken_away_goes_from_open_pages(open_page, site):
         expect(picture).to_have_attribute("src", "/static/storefront/box.svg")
 
 
+def test_the_title_counts_down_no_hold_that_cannot_be_bought_any_more(open_page, site):
+    drop = DropFactory(name="Tidewalker")
+    page = open_page(f"/drops/{drop.pk}", **known_as("mara", site))
+    wait_until_live(page)
+    page.get_by_role("button", name="Reserve").click()
+    expect(page).to_have_title(re.compile(r"^\d:\d\d · Tidewalker$"))
+
+    update_drop(drop.pk, status=DropStatus.ENDED)
+
+    expect(headline(page)).to_have_text("This drop is over")
+    expect(page).to_have_title("Tidewalker · Sneaker drops")
+
+
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     drop = DropFactory()
     page = open_page("/", **known_as("mara", site))

@@ -300,7 +300,7 @@ function buttonText(state, now, variant) {
 function showHold(hold, now) {
   const isOver = ["ended", "cancelled"].includes(stateOf(drop, now));
   hide(element("hold"), !hold || isOver);
-  if (!hold) {
+  if (!hold || isOver) {
     document.title = title;
     return;
   }
