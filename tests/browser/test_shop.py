@@ -208,6 +208,33 @@ def test_the_title_counts_down_no_hold_that_cannot_be_bought_any_more(open_page,
     expect(page).to_have_title("Tidewalker · Sneaker drops")
 
 
+def test_the_lists_give_free_places_to_others(open_page, site):
+    """More drops than the lists have places for."""
+    live = DropFactory.create_batch(24)
+    minutes = [IN_AN_HOUR + timedelta(minutes=number) for number in range(13)]
+    upcoming = [
+        DropFactory(name=f"Soon {number}", upcoming=True, starts_at=at)
+        for number, at in enumerate(minutes)
+    ]
+    page = open_page("/")
+    wait_until_live(page)
+    places = page.locator("#upcoming .card")
+    expect(places).to_have_count(12)
+    expect(places.last).to_contain_text("Soon 11")
+
+    update_drop(upcoming[0].pk, starts_at=upcoming[0].created_at)
+    expect(page.locator("#live .card").first).to_contain_text("Soon 0")
+    expect(places.last).to_contain_text("Soon 12")
+    expect(places).to_have_count(12)
+
+    # What is over makes room for what is new.
+    update_drop(live[0].pk, status=DropStatus.ENDED)
+    expect(page.locator(".card[data-state=ended]")).to_have_count(1)
+    update_drop(DropFactory(name="Comet", draft=True).pk, status=DropStatus.LIVE)
+    expect(page.locator("#live .card").first).to_contain_text("Comet")
+    expect(page.locator(".card[data-state=ended]")).to_have_count(0)
+
+
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     drop = DropFactory()
     page = open_page("/", **known_as("mara", site))

@@ -26,7 +26,10 @@ client.on("SNAPSHOT", () => {
   // What the page came with may have been over before the connection began.
   for (const id of cards.keys()) if (!client.drops.has(id)) removeCard(id);
 });
-onTick(() => client.drops.forEach((drop) => cards.has(drop.id) && showNow(cards.get(drop.id), drop)));
+onTick(() => {
+  client.drops.forEach((drop) => cards.has(drop.id) && showNow(cards.get(drop.id), drop));
+  fillPlaces();
+});
 
 function part(card, name) {
   return card.querySelector(`[data-${name}]`);
@@ -36,11 +39,15 @@ function sectionOf(drop) {
   return stateOf(drop, client.serverNow()) === "scheduled" ? "upcoming" : "live";
 }
 
-/** A card for a drop that the page didn't come with, if there is room. */
+/** A card for a drop that the page didn't come with, if there is room; what is over makes some. */
 function addCard(drop) {
+  if (isOver(stateOf(drop, client.serverNow()))) return null;
   const list = lists[sectionOf(drop)];
-  if (list.children.length >= Number(list.dataset.most)) return null;
-  if (["ended", "cancelled"].includes(stateOf(drop, client.serverNow()))) return null;
+  if (!hasRoom(list)) {
+    const over = [...list.children].findLast((card) => isOver(card.dataset.state));
+    if (!over) return null;
+    removeCard(over.dataset.drop);
+  }
   const card = element("card").content.firstElementChild.cloneNode(true);
   card.dataset.drop = drop.id;
   part(card, "name").href = `/drops/${drop.id}`;
@@ -50,6 +57,34 @@ function addCard(drop) {
   list.prepend(card);
   showEmptiness();
   return card;
+}
+
+function isOver(state) {
+  return state === "ended" || state === "cancelled";
+}
+
+function hasRoom(list) {
+  return list.children.length < Number(list.dataset.most);
+}
+
+/** Give places that have become free to drops that had none: the next to start, the newest. */
+function fillPlaces() {
+  if (client.drops.size <= cards.size || !Object.values(lists).some(hasRoom)) return;
+  const timeOf = (drop) => Date.parse(drop.starts_at ?? drop.created_at);
+  const waiting = [...client.drops.values()].filter((drop) => !cards.has(drop.id));
+  for (const [section, list] of Object.entries(lists)) {
+    const order = section === "upcoming" ? 1 : -1;
+    waiting
+      .filter((drop) => sectionOf(drop) === section)
+      .sort((a, b) => order * (timeOf(a) - timeOf(b)))
+      .forEach((drop) => {
+        const card = hasRoom(list) && addCard(drop);
+        if (card) {
+          list.append(card);
+          showCard(card, drop);
+        }
+      });
+  }
 }
 
 function removeCard(id) {
