@@ -235,6 +235,23 @@ def test_the_lists_give_free_places_to_others(open_page, site):
     expect(page.locator(".card[data-state=ended]")).to_have_count(0)
 
 
+def test_what_was_bought_in_another_place_is_not_let_go(browser, site):
+    drop = DropFactory()
+    # A refusal is among a browser's errors, so this is none of open_page's.
+    page = browser.new_context(base_url=site.url, **known_as("mara", site)).new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    # Without a connection it hears of no purchase.
+    page.route_web_socket("**/ws/drops/**", lambda socket: None)
+    page.goto(f"/drops/{drop.pk}")
+    page.get_by_role("button", name="Reserve").click()
+    expect(headline(page)).to_have_text(re.compile("^Yours for "))
+
+    purchase(drop.pk, Reservation.objects.get().user_id)
+    page.get_by_role("button", name="Let it go").click()
+
+    expect(headline(page)).to_have_text("You have yours")
+
+
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
     drop = DropFactory()
     page = open_page("/", **known_as("mara", site))

@@ -87,8 +87,7 @@ async function buy() {
 }
 
 async function release() {
-  await me.release(me.holds.get(id));
-  outcome = "released";
+  outcome = (await me.release(me.holds.get(id))) ? "released" : null;
 }
 
 /** Do one thing at a time, and lead on to what came of it. */

@@ -93,15 +93,20 @@ class Me extends EventTarget {
     return purchase;
   }
 
+  /** Let go of `hold`; false: it was bought before that, in another window. */
   async release(hold) {
-    await ask("DELETE", `/api/reservations/${hold.id}`).catch((problem) => {
-      // The answer to the first attempt was lost: it has been released.
+    try {
+      await ask("DELETE", `/api/reservations/${hold.id}`);
+    } catch (problem) {
       if (problem.code !== "reservation_not_active") throw problem;
-    });
+      // Released by a first attempt whose answer was lost, or bought: the purchases tell.
+      await this.load();
+    }
     this.#reading += 1;
     this.holds.delete(hold.dropId);
     this.#changed();
     windows.postMessage("changed");
+    return !this.purchases.some((purchase) => purchase.reservation_id === hold.id);
   }
 
   /** The hold's time is up; the server says the same within a moment. */
