@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -21,6 +22,7 @@ from purchases.services import purchase
 from reservations.models import Reservation
 from reservations.services import Claim, reserve, void_reservation
 from tests.browser.conftest import DESKTOP, PATIENCE_MS, PHONE
+from tests.identities import AUDIENCE, ISSUER, bearer, public_pem
 from tests.servers import Process, WebServer, running_web_servers
 from users.tests.factories import UserFactory
 
@@ -250,6 +252,71 @@ def test_what_was_bought_in_another_place_is_not_let_go(browser, site):
     page.get_by_role("button", name="Let it go").click()
 
     expect(headline(page)).to_have_text("You have yours")
+
+
+@pytest.fixture
+def guarded_site(transactional_db) -> Iterator[WebServer]:
+    """A site whose visitors are who their tokens say, and sign in elsewhere."""
+    key = {"JWT_ALGORITHMS": "RS256", "JWT_KEY": public_pem()}
+    issued = {"JWT_AUDIENCE": AUDIENCE, "JWT_ISSUER": ISSUER, "SIGN_IN_URL": "/api/redoc"}
+    with running_web_servers(WebServer(IDENTITY_MODE="jwt", **key, **issued)) as (server,):
+        yield server
+
+
+def test_a_sign_in_that_is_over_leads_to_the_next_one(browser, guarded_site):
+    drop = DropFactory()
+    window = browser.new_context(
+        base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
+    )
+    window.set_default_timeout(PATIENCE_MS)
+    page = window.new_page()
+    page.goto(f"/drops/{drop.pk}")
+    expect(page.locator("#me")).to_contain_text("mara")
+
+    window.set_extra_http_headers({})
+    page.get_by_role("button", name="Reserve").click()
+
+    page.wait_for_url(f"**/api/redoc?next=%2Fdrops%2F{drop.pk}")
+    window.close()
+
+
+def test_a_shop_that_is_busy_takes_nobody_for_a_stranger(browser, guarded_site):
+    drop = DropFactory()
+    window = browser.new_context(
+        base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
+    )
+    window.set_default_timeout(PATIENCE_MS)
+    page = window.new_page()
+    busy = [{"status": 503, "json": {"code": "busy"}}]
+    page.route(
+        "**/api/me", lambda route: route.fulfill(**busy.pop()) if busy else route.continue_()
+    )
+    page.goto(f"/drops/{drop.pk}")
+    wait_until_live(page)
+    expect(page.locator("#me")).to_contain_text("Sign in")
+
+    page.get_by_role("button", name="Reserve").click()
+
+    expect(headline(page)).to_have_text(re.compile("^Yours for "))
+    expect(page.locator("#me")).to_contain_text("mara")
+    window.close()
+
+
+def test_what_stands_in_front_may_refuse_in_its_own_way(browser, guarded_site):
+    drop = DropFactory()
+    window = browser.new_context(
+        base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
+    )
+    window.set_default_timeout(PATIENCE_MS)
+    page = window.new_page()
+    page.goto(f"/drops/{drop.pk}")
+    expect(page.locator("#me")).to_contain_text("mara")
+    page.route("**/reserve", lambda route: route.fulfill(status=403, json={"message": "No."}))
+
+    page.get_by_role("button", name="Reserve").click()
+
+    expect(page.locator("#problem")).to_contain_text("Something broke on our side.")
+    window.close()
 
 
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):

@@ -53,6 +53,8 @@ export async function ask(method, path, body) {
         continue;
       }
       if (!answer.isRepeatable) unanswered.delete(request);
+      // The sign-in is over: find out who the visitor is now, if anybody.
+      if (answer.isUnknown) await identity.load();
       throw answer;
     }
     unanswered.delete(request);
@@ -77,13 +79,15 @@ async function send(path, options) {
   try {
     answer = await fetch(path, { ...options, signal: AbortSignal.timeout(ANSWER_MS) });
     data = await answer.json();
+    if (!answer.ok && !data.code) throw new TypeError("no problem document");
   } catch {
-    // No connection, or cut off in the middle; a proxy's page of its own is no JSON either.
+    // No connection, or cut off in the middle; or what stands in front answers in its own way.
     if (!answer || answer.ok || WORTH_REPEATING.has(answer.status)) return unreachable();
-    data = { code: "internal_error" };
+    data = { code: answer.status === 401 ? "identity_required" : "internal_error" };
   }
   if (answer.ok) return data;
   const problem = new Problem(data, Number(answer.headers.get("Retry-After")) || 0);
+  problem.isUnknown = answer.status === 401;
   problem.isRepeatable =
     WORTH_REPEATING.has(answer.status) || data.code === "idempotency_in_progress";
   return problem;

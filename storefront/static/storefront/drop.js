@@ -115,7 +115,7 @@ function takeProblem(problem) {
     showProblem(problem);
   }
   const isUnknown = ["identity_required", "unknown_user", "invalid_identity"];
-  if (isUnknown.includes(problem.code)) whoAreYou(reserve);
+  if (isUnknown.includes(problem.code)) whoAreYou(identity.isFree ? reserve : null);
   // Something here was not as thought: see what the server says.
   else if (problem.code !== "unreachable") me.load();
   render(client.serverNow());

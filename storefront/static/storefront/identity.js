@@ -49,7 +49,9 @@ class Identity extends EventTarget {
   async load() {
     if (this.isFree) return;
     const answer = await fetch("/api/me", { headers: await this.headers() }).catch(() => null);
-    if (answer) this.#become(answer.ok ? await answer.json() : null);
+    const user = answer?.ok ? await answer.json().catch(() => null) : null;
+    // Any other answer says nothing about it: the shop may be busy, or away.
+    if (user || answer?.status === 401) this.#become(user);
   }
 
   /**

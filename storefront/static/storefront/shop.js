@@ -182,6 +182,7 @@ function watchConnection() {
         const count = missed === 1 ? "one change" : `${missed} changes`;
         tell(missed ? fill(say.back_with_news, { count }) : say.back, "back");
         backTimer = setTimeout(() => (notice.hidden = true), BACK_SECONDS * 1000);
+        identity.load();
         me.load();
       }
     } else if (hasBeenLive && !isOwnDoing) {
@@ -253,9 +254,12 @@ function watchIdentity() {
 }
 
 /** Ask for a name, or send to the sign-in; call `then` once the visitor is somebody. */
-export function whoAreYou(then = null) {
+export async function whoAreYou(then = null) {
   if (!identity.isFree) {
-    if (identity.user || !identity.signInUrl) return;
+    // The answer to the page's own question may have been lost.
+    if (!identity.user) await identity.load();
+    if (identity.user) return then?.();
+    if (!identity.signInUrl) return;
     const address = new URL(identity.signInUrl, location.href);
     address.searchParams.set("next", location.pathname);
     location.assign(address);
