@@ -37,7 +37,9 @@ SWEEP_SECONDS = 0.5
 # What is no matter of course, daphne itself looks at.
 SPECIAL_HEADERS = frozenset({b"upgrade", b"daphne-root-path"})
 PLAIN_HEADER_NAME = re.compile(rb"[a-z0-9-]+")
-UNUSUAL_IN_HEADER = re.compile(rb"[^\x20-\x7e]")
+# Names come as UTF-8. daphne takes one of its bytes, as in Å and in most Arabic names, for a line
+# break: that is what it would be to the library that opens its sockets, and only to that.
+UNUSUAL_IN_HEADER = re.compile(rb"[^\x20-\x7e\x80-\xff]")
 PLAIN_PATH = re.compile(rb"/[A-Za-z0-9._~/-]*")
 
 

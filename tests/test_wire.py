@@ -240,10 +240,15 @@ def test_a_name_that_is_no_utf8_is_read_as_latin_1(client, transactional_db):
     assert (response.status_code, response.json()["username"]) == (200, "Renée")
 
 
-def test_a_name_may_be_utf8(client, transactional_db):
-    headers = {b"X-User-Id": SOMEBODY.encode(), b"X-User-Name": "Łucja 🥇".encode()}
+# The bytes of the last two are among what str.splitlines() takes for the end of a line.
+@pytest.mark.parametrize("name", ["Łucja 🥇", "Åsa", "محمد"])
+def test_a_name_may_be_utf8(client, transactional_db, name):
+    headers = {b"X-User-Id": SOMEBODY.encode(), b"X-User-Name": name.encode()}
+    drop = DropFactory()
 
-    assert client.get("/api/me", headers=headers).json()["username"] == "Łucja 🥇"
+    assert client.get("/api/me", headers=headers).json()["username"] == name
+    reserved = client.post(f"/api/drops/{drop.pk}/reserve", headers=headers, json={"quantity": 1})
+    assert reserved.status_code == 201
 
 
 def test_refuses_an_idempotency_key_that_is_no_printable_ascii(client, transactional_db):
