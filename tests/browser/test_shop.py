@@ -210,6 +210,29 @@ def test_the_title_counts_down_no_hold_that_cannot_be_bought_any_more(open_page,
     expect(page).to_have_title("Tidewalker · Sneaker drops")
 
 
+def test_long_words_of_others_widen_no_page(open_page, site):
+    drop = DropFactory(
+        name="W" * 200,
+        description=f"https://shop.example.com/{'x' * 300}",
+        sizes={"L" * 50: 2, "M" * 50: 3},
+    )
+    page = open_page("/", viewport={"width": 360, "height": 740}, **known_as("W" * 50, site))
+    is_narrow = "document.documentElement.scrollWidth <= innerWidth"
+    wait_until_live(page)
+    assert page.evaluate(is_narrow)
+
+    page.goto(f"/drops/{drop.pk}")
+    wait_until_live(page)
+    assert page.evaluate(is_narrow)
+    page.get_by_role("radio", name="L" * 50).check()
+    page.get_by_role("button", name="Reserve").click()
+    expect(headline(page)).to_have_text(re.compile("^Yours for "))
+    assert page.evaluate(is_narrow)
+
+    page.goto("/")
+    expect(page.locator("#held b")).to_be_in_viewport(ratio=1)
+
+
 def test_the_lists_give_free_places_to_others(open_page, site):
     """More drops than the lists have places for."""
     live = DropFactory.create_batch(24)
