@@ -20,6 +20,7 @@ from twisted.internet.tcp import Connection
 
 from config.answers import cors_headers, security_headers
 from config.body_limit import body_limit
+from config.daphne_sockets import escape
 from config.hot_routes import scheme_of
 from config.middleware import request_id
 from config.problems import CONTENT_TYPE, BodyTooLarge, problem
@@ -93,6 +94,7 @@ class LimitedRequest(WebRequest):
             # Else daphne would believe any client where the application is mounted, and serve
             # /x/metrics as /metrics, which a proxy refuses. Sockets begin here as well.
             self.requestHeaders.removeHeader(b"daphne-root-path")
+            self._escape_handshake()
             return super().process()
         self.request_start = time.time()
         self.client_addr, self.server_addr = scope["client"], scope["server"]
@@ -104,6 +106,12 @@ class LimitedRequest(WebRequest):
                 {"type": "http.request", "body": body, "more_body": False}
             )
         return None
+
+    def _escape_handshake(self) -> None:
+        upgrade = self.requestHeaders.getRawHeaders(b"upgrade", [b""])[0]
+        if upgrade.lower() == b"websocket":
+            for name, values in list(self.requestHeaders.getAllRawHeaders()):
+                self.requestHeaders.setRawHeaders(name, [escape(value) for value in values])
 
     def _plain_scope(self) -> dict[str, Any] | None:
         server, transport = self.server, self.channel.transport

@@ -5,6 +5,7 @@ autobahn, its WebSocket library, cuts the connection of who breaks the protocol 
 Source of the hooks: autobahn.websocket.protocol.WebSocketProtocol.
 """
 
+import re
 from typing import Any
 
 import daphne.server
@@ -15,6 +16,20 @@ from django.conf import settings
 MESSAGE_TOO_LARGE = 1009
 # Messages of one socket that wait for the application.
 MOST_WAITING = 8
+# Bytes of letters in UTF-8, as of Å and à. autobahn reads headers as Latin-1 and takes the second
+# for the end of a line, the third for a blank to be trimmed. So each goes past it as two of others.
+ESCAPES = {b"\x80": b"\x800", b"\x85": b"\x801", b"\xa0": b"\x802"}
+TO_ESCAPE = re.compile(rb"[\x80\x85\xa0]")
+UNESCAPES = {two.decode("latin-1"): one.decode("latin-1") for one, two in ESCAPES.items()}
+ESCAPED = re.compile("\x80[012]")
+
+
+def escape(value: bytes) -> bytes:
+    return TO_ESCAPE.sub(lambda found: ESCAPES[found[0]], value)
+
+
+def unescape(value: str) -> str:
+    return ESCAPED.sub(lambda found: UNESCAPES[found[0]], value)
 
 
 class LimitedSocket(WebSocketProtocol):
@@ -35,6 +50,8 @@ class LimitedSocket(WebSocketProtocol):
         # daphne would raise, and autobahn tell the client what.
         if not request.headers.get("sec-websocket-protocol", "").isascii():
             raise ConnectionDeny(ConnectionDeny.BAD_REQUEST, "Bad Request")
+        for name, value in request.headers.items():
+            request.headers[name] = unescape(value)
         return super().onConnect(request)
 
     def onMessageFrameBegin(self, length: int) -> None:

@@ -8,6 +8,7 @@ import socket
 import struct
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from config import uvicorn_sockets
 from config.daphne_sockets import LimitedSocketFactory
 from drops.tests.factories import DropFactory
 from tests.concurrency import another_session
+from tests.identities import SECRETS, signed
 from tests.servers import Served, WebServer, running_web_servers
 
 pytestmark = [pytest.mark.servers, pytest.mark.django_db(transaction=True)]
@@ -192,6 +194,26 @@ def test_other_headers_may_hold_any_bytes(web_server, name):
         line.sendall(handshake(name + b": \xff\xfe"))
 
         assert line.recv(4096).startswith(b"HTTP/1.1 101 ")
+
+
+# In Latin-1 a byte of each but the last two is the end of a line to Python, or a blank; those look
+# like what is done about that.
+NAMES = ["Åsa", "SOFÅ", "Nicolà", "محمد", "ЀА", "À0À1"]
+
+
+@pytest.mark.parametrize("kind", ["daphne", "uvicorn"])
+def test_a_signed_name_may_have_any_letters(kind):
+    gateway = {"IDENTITY_MODE": "gateway", "GATEWAY_SECRETS": ",".join(SECRETS)}
+    with running_web_servers(WebServer(kind, **gateway)) as (server,):
+        for name in NAMES:
+            signs = signed("GET", "/ws/drops", uuid.uuid4(), name=name)
+            with server.connect() as line:
+                line.sendall(handshake(*(f"{key}: {text}".encode() for key, text in signs.items())))
+                told = b""
+                while b'"HOLDS"' not in told:
+                    part = line.recv(4096)
+                    assert part, (name, told)
+                    told += part
 
 
 @pytest.mark.parametrize("header", [b"Cookie: crumb=" + b"a" * 14_000], ids=["14 kB"])
