@@ -35,8 +35,8 @@ REST_PER_LOOK = 20
 EXPIRING_SECONDS = 10.0
 # Event loops refuse timers of thousands of years, which a token may well name.
 LONGEST_TIMER_SECONDS = 365 * 86_400.0
-# A purchase is dated before its commit, by less than this.
-PURCHASE_MARGIN = timedelta(seconds=20)
+# A purchase or a hold is dated before its commit, by less than this.
+DATE_MARGIN = timedelta(seconds=20)
 
 ENDED = {
     ReservationStatus.EXPIRED: PrivateType.HOLD_EXPIRED,
@@ -68,6 +68,8 @@ class Rows:
     switched_off: list[uuid.UUID]
     holds: dict[uuid.UUID, Hold]
     ended: dict[uuid.UUID, str]
+    # Made lately, and over already: perhaps since the look before.
+    brief: list[Reservation]
     purchases: list[Purchase]
 
 
@@ -81,7 +83,8 @@ class PrivateNews:
         self._holds: dict[uuid.UUID, Hold] = {}
         # Whose last socket left since the last look; who is back by then knows of no past.
         self._left: set[uuid.UUID] = set()
-        # Purchases that were told, or are older than the sockets, with their time.
+        # Purchases and ends of holds that were told, or are older than the sockets, with the
+        # time of the purchase or of the hold.
         self._told: dict[uuid.UUID, datetime] = {}
         # By the database's clock, when the rows were last read; looks may be far apart.
         self._looked_at: datetime | None = None
@@ -152,6 +155,8 @@ class PrivateNews:
         self._tell_purchases(rows)
         self._looked_at = rows.now if self._sockets else None
         self._tell_ended(rows)
+        self._tell_brief(rows)
+        self._forget_told(rows.now)
         # The next look comes a second after the pause at the latest, and may itself take longer.
         self._tell_expiring(rows, LOOK_SECONDS + 2 * pause_after(time.monotonic() - began))
 
@@ -164,19 +169,32 @@ class PrivateNews:
             # What was bought before its user connected is in the list of purchases.
             if purchase.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
                 self._tell(PrivateType.PURCHASE_CONFIRMED, rows.now, purchase)
-        # What the next look won't read again.
-        for pk in [pk for pk, at in self._told.items() if at <= rows.now - PURCHASE_MARGIN]:
-            del self._told[pk]
 
     def _tell_ended(self, rows: Rows) -> None:
         for pk in [pk for pk in self._holds if pk not in rows.holds]:
             reservation, status = self._holds.pop(pk).reservation, rows.ended.get(pk, "")
+            self._told[pk] = reservation.created_at
             if status in ENDED and reservation.user_id not in self._left:
                 reservation.status = status
                 self._tell(ENDED[ReservationStatus(status)], rows.now, reservation)
         for pk, hold in rows.holds.items():
             # As it is now: somebody may have given it another end.
             self._holds.setdefault(pk, hold).reservation = hold.reservation
+
+    def _tell_brief(self, rows: Rows) -> None:
+        """Tell the end of holds that were made, and ended, since the look before."""
+        for reservation in rows.brief:
+            came = self._came.get(reservation.user_id)
+            if reservation.pk in self._told or came is None:
+                continue
+            self._told[reservation.pk] = reservation.created_at
+            if reservation.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
+                self._tell(ENDED[ReservationStatus(reservation.status)], rows.now, reservation)
+
+    def _forget_told(self, now: datetime) -> None:
+        """Forget what the next look won't read again."""
+        for pk in [pk for pk, at in self._told.items() if at <= now - DATE_MARGIN]:
+            del self._told[pk]
 
     def _tell_new_sockets(self, rows: Rows, new: list[tuple[uuid.UUID, PrivateSocket]]) -> None:
         by_user: dict[uuid.UUID, list[Reservation]] = {}
@@ -224,7 +242,7 @@ def pause_after(seconds: float) -> float:
 def read_rows(
     users: Iterable[uuid.UUID], known: Iterable[uuid.UUID], since: datetime | None = None
 ) -> Rows:
-    """Read what ``users`` hold and have just bought, and what became of the ``known`` holds.
+    """Read what ``users`` hold, have just held or bought, and what became of the ``known`` holds.
 
     Also who of them was switched off.
 
@@ -232,7 +250,7 @@ def read_rows(
         since: when the rows were read before.
     """
     now = read_clock()
-    bought_after = min(since or now, now) - PURCHASE_MARGIN
+    lately = min(since or now, now) - DATE_MARGIN
     ids = rows_of(users)
     switched_off = User.objects.filter(pk__in=ids, is_active=False)
     # One step in an index for each user: both start with the user.
@@ -244,12 +262,14 @@ def read_rows(
     ended = (
         Reservation.objects.filter(pk__in=rows_of(gone)).values_list("pk", "status") if gone else []
     )
-    bought = Purchase.objects.filter(user__in=ids, created_at__gt=bought_after)
+    made = Reservation.objects.filter(user__in=ids, created_at__gt=lately)
+    bought = Purchase.objects.filter(user__in=ids, created_at__gt=lately)
     return Rows(
         now,
         list(switched_off.values_list("pk", flat=True)),
         holds,
         dict(ended),
+        list(made.filter(status__in=[*ENDED]).order_by("created_at")),
         list(bought.order_by("created_at")),
     )
 

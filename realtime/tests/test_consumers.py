@@ -1020,7 +1020,7 @@ def test_that_a_hold_expires_is_told_in_time_also_where_looks_are_rare(monkeypat
 
 
 def test_a_purchase_is_told_also_where_looks_are_rare(monkeypatch):
-    monkeypatch.setattr(private_news, "PURCHASE_MARGIN", timedelta(seconds=1))
+    monkeypatch.setattr(private_news, "DATE_MARGIN", timedelta(seconds=1))
     monkeypatch.setattr(private_news, "pause_after", lambda _: 2.5)
     drop, user = DropFactory(), UserFactory()
     reserve(drop.pk, Claim(user.pk))
@@ -1036,6 +1036,28 @@ def test_a_purchase_is_told_also_where_looks_are_rare(monkeypatch):
         # And once.
         await get_hub().private._look()
         assert "PURCHASE_CONFIRMED" not in socket.types()
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("end", [release, void_reservation])
+def test_the_end_of_a_hold_is_told_also_where_no_look_saw_it(monkeypatch, end):
+    monkeypatch.setattr(private_news, "pause_after", lambda _: 1.0)
+    drop, user = DropFactory(), UserFactory()
+    earlier = reserve(DropFactory().pk, Claim(user.pk))
+    release(earlier.pk, user)
+
+    async def scenario() -> None:
+        socket = await following("/ws/drops", headers={"X-User-Id": str(user.pk)})
+        assert (await private(socket))["data"] == {"holds": []}
+        held = await sync_to_async(reserve)(drop.pk, Claim(user.pk))
+        await sync_to_async(end)(held.pk, *[user] * (end is release))
+        frame = await private(socket)
+        assert frame["type"] == "HOLD_RELEASED"
+        assert frame["data"]["reservationId"] == str(held.pk)
+        # Once, and nothing of what was over before its user came.
+        await get_hub().private._look()
+        assert "HOLD_RELEASED" not in socket.types()
 
     in_loop(scenario)
 
