@@ -357,13 +357,15 @@ class Hub:
             before = {drop_id: feed.seq for drop_id, feed in self._feeds.items()}
             try:
                 seqs = await database_sync_to_async(log.current_seqs)()
-                # Those that are gone, with a rehearsal or a past that was replaced, have none.
-                for drop_id, seq in (dict.fromkeys(before, 0) | seqs).items():
+                for drop_id, seq in seqs.items():
                     known = self._feed(drop_id).seq
                     if seq > known:
                         await self._read_missed(drop_id, seq)
                     elif seq < known and known == before.get(drop_id):
                         self._start_over(drop_id, seq)
+                for drop_id in before.keys() - seqs.keys():
+                    if before[drop_id]:
+                        self._leave_gone(drop_id)
             except OUTAGES as exc:
                 logger.warning("the event log can't be read: %s", exc)
             except Exception:
@@ -390,6 +392,16 @@ class Hub:
         if is_new_here:
             return
         for client in [*self._audience(drop_id), *self._listening.get(drop_id, ())]:
+            client.reconnect()
+
+    def _leave_gone(self, drop_id: str) -> None:
+        """Forget a drop without events: it is gone, with a rehearsal or a past that was replaced.
+
+        Who follows it would hear heartbeats for ever. Who watches all is left alone: there is
+        no frame that removes a drop, and other drops come to an end by their status.
+        """
+        del self._feeds[drop_id]
+        for client in [*self._watching.get(drop_id, ()), *self._listening.get(drop_id, ())]:
             client.reconnect()
 
     def _forget_old(self) -> None:

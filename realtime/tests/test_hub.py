@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +15,7 @@ from channels.layers import get_channel_layer
 from channels_redis.pubsub import RedisPubSubLoopLayer
 from django.db import DatabaseError, InterfaceError
 
-from config.ids import new_rehearsal_id
+from config.ids import is_rehearsal_id, new_rehearsal_id
 from drops.models import Drop, DropStatus
 from drops.services import update_drop
 from drops.tests.factories import DropFactory
@@ -119,6 +120,14 @@ def drop_with_events(count: int) -> Any:
         for n in range(1, count + 1)
     )
     return drop
+
+
+def remove(drop: Any) -> None:
+    """Discard a rehearsal; of a real drop only a backup can take the past."""
+    if is_rehearsal_id(drop.pk):
+        discard_rehearsal(drop.pk)
+    else:
+        Drop.objects.filter(pk=drop.pk).update(seq=0)
 
 
 # --- The hub ----------------------------------------------------------------------------
@@ -388,23 +397,27 @@ def test_finds_what_nobody_told_it(monkeypatch):
     run_with_hub(scenario)
 
 
+@pytest.mark.parametrize("make_id", [new_rehearsal_id, uuid.uuid4])
 @pytest.mark.django_db(transaction=True)
-def test_who_watches_a_drop_that_is_gone_is_told_to_connect_again(monkeypatch):
+def test_who_watches_a_drop_that_is_gone_is_told_to_connect_again(monkeypatch, make_id):
     monkeypatch.setattr(hub_module, "CATCH_UP_SECONDS", 0.01)
     other = drop_with_events(1)
-    gone = DropFactory(id=new_rehearsal_id())
-    watching, listening, elsewhere = Socket(), Socket(), Socket()
+    gone = DropFactory(id=make_id())
+    watching, listening, elsewhere, everywhere = Socket(), Socket(), Socket(), Socket()
 
     async def scenario(hub: Hub) -> None:
         hub.watch(watching, str(gone.pk))
         hub.listen(listening, str(gone.pk))
         hub.watch(elsewhere, str(other.pk))
+        hub.watch_all(everywhere)
         await sync_to_async(update_drop)(gone.pk, name="Ember")
         await watching.next()
-        await sync_to_async(discard_rehearsal)(gone.pk)
+        await sync_to_async(remove)(gone)
         for client in (watching, listening):
             await asyncio.wait_for(client.is_told_to_reconnect.wait(), 5)
         assert not elsewhere.is_told_to_reconnect.is_set()
+        assert not everywhere.is_told_to_reconnect.is_set()
+        assert str(gone.pk) not in hub._feeds
 
     run_with_hub(scenario)
 
