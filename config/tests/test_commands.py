@@ -6,7 +6,7 @@ import sys
 import pytest
 from django.conf import settings
 from django.core.management import CommandError, call_command
-from django.db import connection
+from django.db import connection, transaction
 
 from reservations.tests.factories import ReservationFactory
 
@@ -54,17 +54,15 @@ def test_a_command_on_a_database_that_takes_no_changes_says_so(command, settings
 
 @pytest.mark.django_db(transaction=True)
 def test_a_command_that_takes_too_long_does_not_say_that_there_is_no_database(monkeypatch):
+    @transaction.atomic
     def wait(*args, **options):
         with connection.cursor() as cursor:
-            cursor.execute("SET statement_timeout = 10")
+            cursor.execute("SET LOCAL statement_timeout = 10")
             cursor.execute("SELECT pg_sleep(10)")
 
     monkeypatch.setattr("purchases.management.commands.audit_stock.audit_stock", wait)
-    try:
-        with pytest.raises(CommandError, match=r"^The database gave up: .* timeout") as told:
-            call_command("audit_stock")
-    finally:
-        connection.close()
+    with pytest.raises(CommandError, match=r"^The database gave up: .* timeout") as told:
+        call_command("audit_stock")
 
     assert told.value.returncode == 2
 
