@@ -152,23 +152,25 @@ class PrivateNews:
             for socket in list(self._sockets.get(user_id, ())):
                 socket.end_identity()
         self._tell_new_sockets(rows, new)
-        self._tell_purchases(rows)
+        for purchase in rows.purchases:
+            self._tell_once(PrivateType.PURCHASE_CONFIRMED, rows.now, purchase)
         self._looked_at = rows.now if self._sockets else None
         self._tell_ended(rows)
-        self._tell_brief(rows)
+        for reservation in rows.brief:
+            kind = ENDED[ReservationStatus(reservation.status)]
+            self._tell_once(kind, rows.now, reservation)
         self._forget_told(rows.now)
         # The next look comes a second after the pause at the latest, and may itself take longer.
         self._tell_expiring(rows, LOOK_SECONDS + 2 * pause_after(time.monotonic() - began))
 
-    def _tell_purchases(self, rows: Rows) -> None:
-        for purchase in rows.purchases:
-            came = self._came.get(purchase.user_id)
-            if purchase.pk in self._told or came is None:
-                continue
-            self._told[purchase.pk] = purchase.created_at
-            # What was bought before its user connected is in the list of purchases.
-            if purchase.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
-                self._tell(PrivateType.PURCHASE_CONFIRMED, rows.now, purchase)
+    def _tell_once(self, kind: PrivateType, now: datetime, subject: Reservation | Purchase) -> None:
+        """Tell of what came to be since its user connected; of what was before, lists tell."""
+        came = self._came.get(subject.user_id)
+        if subject.pk in self._told or came is None:
+            return
+        self._told[subject.pk] = subject.created_at
+        if subject.created_at >= now - timedelta(seconds=time.monotonic() - came):
+            self._tell(kind, now, subject)
 
     def _tell_ended(self, rows: Rows) -> None:
         for pk in [pk for pk in self._holds if pk not in rows.holds]:
@@ -180,16 +182,6 @@ class PrivateNews:
         for pk, hold in rows.holds.items():
             # As it is now: somebody may have given it another end.
             self._holds.setdefault(pk, hold).reservation = hold.reservation
-
-    def _tell_brief(self, rows: Rows) -> None:
-        """Tell the end of holds that were made, and ended, since the look before."""
-        for reservation in rows.brief:
-            came = self._came.get(reservation.user_id)
-            if reservation.pk in self._told or came is None:
-                continue
-            self._told[reservation.pk] = reservation.created_at
-            if reservation.created_at >= rows.now - timedelta(seconds=time.monotonic() - came):
-                self._tell(ENDED[ReservationStatus(reservation.status)], rows.now, reservation)
 
     def _forget_told(self, now: datetime) -> None:
         """Forget what the next look won't read again."""
