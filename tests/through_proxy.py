@@ -58,7 +58,7 @@ BLACK_BOX = {"client_of", "web_server", "web_servers", "session_web_servers", "s
 # The tests have one address and few users, who ask often; some ask for another site's pages.
 UNLIMITED = {
     f"RATE_LIMIT_{action}{whose}": "off"
-    for action in ("RESERVE", "PURCHASE", "CREATE", "SOCKET", "TICKET", "IDENTITY")
+    for action in ("RESERVE", "PURCHASE", "CREATE", "UPDATE", "SOCKET", "TICKET", "IDENTITY")
     for whose in ("", "_PER_ADDRESS")
 } | {"SOCKETS_PER_ADDRESS": "0", "CORS_ORIGINS": "*", "PUBLIC_USER_IDS": "plain"}
 # How long a process may answer a list from memory; drops.asgi says the same.
