@@ -20,35 +20,33 @@ COMMANDS = {
 }
 
 
+UNUSABLE = {
+    "before the first migration": (
+        "search_path = nowhere",
+        r"^There are no tables yet. Run .* migrate",
+    ),
+    "that takes no changes": (
+        "default_transaction_read_only = on",
+        r"^The database takes no changes: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("setting", "sentence"), UNUSABLE.values(), ids=UNUSABLE)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.django_db(transaction=True)
-def test_a_command_before_the_first_migration_says_what_to_do(command, settings):
-    settings.DEBUG = True
-    with connection.cursor() as cursor:
-        cursor.execute("SET search_path = nowhere")
-        try:
-            with pytest.raises(CommandError, match=r"^There are no tables yet. Run .*") as told:
-                call_command(command, **COMMANDS[command])
-        finally:
-            cursor.execute("RESET search_path")
-
-    # 1 is what audit_stock says of stock that is wrong, and rehearse of what is not ready.
-    assert told.value.returncode == 2
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.django_db(transaction=True)
-def test_a_command_on_a_database_that_takes_no_changes_says_so(command, settings):
+def test_a_command_on_such_a_database_says_what_keeps_it(command, setting, sentence, settings):
     settings.DEBUG = True
     ReservationFactory(overdue=True)
     with connection.cursor() as cursor:
-        cursor.execute("SET default_transaction_read_only = on")
+        cursor.execute(f"SET {setting}")
         try:
-            with pytest.raises(CommandError, match=r"^The database takes no changes: ") as told:
+            with pytest.raises(CommandError, match=sentence) as told:
                 call_command(command, **COMMANDS[command])
         finally:
-            cursor.execute("SET default_transaction_read_only = off")
+            cursor.execute(f"RESET {setting.split()[0]}")
 
+    # 1 is what audit_stock says of stock that is wrong, and rehearse of what is not ready.
     assert told.value.returncode == 2
 
 

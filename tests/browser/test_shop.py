@@ -286,60 +286,53 @@ def guarded_site(transactional_db) -> Iterator[WebServer]:
         yield server
 
 
-def test_a_sign_in_that_is_over_leads_to_the_next_one(browser, guarded_site):
-    drop = DropFactory()
+@pytest.fixture
+def signed_in(browser, guarded_site):
+    """A page of a visitor whom bearer tokens sign in as mara."""
     window = browser.new_context(
         base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
     )
     window.set_default_timeout(PATIENCE_MS)
-    page = window.new_page()
-    page.goto(f"/drops/{drop.pk}")
-    expect(page.locator("#me")).to_contain_text("mara")
-
-    window.set_extra_http_headers({})
-    page.get_by_role("button", name="Reserve").click()
-
-    page.wait_for_url(f"**/api/redoc?next=%2Fdrops%2F{drop.pk}")
+    yield window.new_page()
     window.close()
 
 
-def test_a_shop_that_is_busy_takes_nobody_for_a_stranger(browser, guarded_site):
+def test_a_sign_in_that_is_over_leads_to_the_next_one(signed_in):
     drop = DropFactory()
-    window = browser.new_context(
-        base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
-    )
-    window.set_default_timeout(PATIENCE_MS)
-    page = window.new_page()
+    signed_in.goto(f"/drops/{drop.pk}")
+    expect(signed_in.locator("#me")).to_contain_text("mara")
+
+    signed_in.context.set_extra_http_headers({})
+    signed_in.get_by_role("button", name="Reserve").click()
+
+    signed_in.wait_for_url(f"**/api/redoc?next=%2Fdrops%2F{drop.pk}")
+
+
+def test_a_shop_that_is_busy_takes_nobody_for_a_stranger(signed_in):
+    drop = DropFactory()
     busy = [{"status": 503, "json": {"code": "busy"}}]
-    page.route(
+    signed_in.route(
         "**/api/me", lambda route: route.fulfill(**busy.pop()) if busy else route.continue_()
     )
-    page.goto(f"/drops/{drop.pk}")
-    wait_until_live(page)
-    expect(page.locator("#me")).to_contain_text("Sign in")
+    signed_in.goto(f"/drops/{drop.pk}")
+    wait_until_live(signed_in)
+    expect(signed_in.locator("#me")).to_contain_text("Sign in")
 
-    page.get_by_role("button", name="Reserve").click()
+    signed_in.get_by_role("button", name="Reserve").click()
 
-    expect(headline(page)).to_have_text(re.compile("^Yours for "))
-    expect(page.locator("#me")).to_contain_text("mara")
-    window.close()
+    expect(headline(signed_in)).to_have_text(re.compile("^Yours for "))
+    expect(signed_in.locator("#me")).to_contain_text("mara")
 
 
-def test_what_stands_in_front_may_refuse_in_its_own_way(browser, guarded_site):
+def test_what_stands_in_front_may_refuse_in_its_own_way(signed_in):
     drop = DropFactory()
-    window = browser.new_context(
-        base_url=guarded_site.url, extra_http_headers=bearer(UserFactory(username="mara"))
-    )
-    window.set_default_timeout(PATIENCE_MS)
-    page = window.new_page()
-    page.goto(f"/drops/{drop.pk}")
-    expect(page.locator("#me")).to_contain_text("mara")
-    page.route("**/reserve", lambda route: route.fulfill(status=403, json={"message": "No."}))
+    signed_in.goto(f"/drops/{drop.pk}")
+    expect(signed_in.locator("#me")).to_contain_text("mara")
+    signed_in.route("**/reserve", lambda route: route.fulfill(status=403, json={"message": "No."}))
 
-    page.get_by_role("button", name="Reserve").click()
+    signed_in.get_by_role("button", name="Reserve").click()
 
-    expect(page.locator("#problem")).to_contain_text("Something broke on our side.")
-    window.close()
+    expect(signed_in.locator("#problem")).to_contain_text("Something broke on our side.")
 
 
 def test_a_clock_that_is_fast_ends_no_hold(open_page, site):
